@@ -1,0 +1,47 @@
+"""Fork from any interpreter, any thread, on the CPython you already have."""
+
+from __future__ import annotations
+
+import os as _os
+
+from . import _anyfork
+from ._anyfork import fork, forkpty
+from ._child import Child
+from ._errors import MethodUnavailable, RemoteError, SpawnError, WorkerDied
+from ._install import install, is_installed, uninstall
+from ._methods import Method, methods
+from ._request import run, spawn
+
+__version__ = "0.1.0"
+__all__ = [
+    "Child",
+    "Method",
+    "MethodUnavailable",
+    "RemoteError",
+    "SpawnError",
+    "WorkerDied",
+    "fork",
+    "forkpty",
+    "install",
+    "is_installed",
+    "methods",
+    "run",
+    "spawn",
+    "uninstall",
+]
+
+for _name in ("Child", "Method", "MethodUnavailable", "RemoteError", "SpawnError", "WorkerDied",
+              "install", "is_installed", "methods", "run", "spawn", "uninstall"):
+    globals()[_name].__module__ = __name__
+del _name
+
+# Other interpreters may have to find this package too.
+_anyfork._set_package_parent(_os.path.dirname(_os.path.dirname(_os.path.abspath(__file__))))
+
+if not _anyfork.in_main():
+    # The public API does not tell when a sub-interpreter finalizes; its last
+    # atexit callback does.
+    import atexit as _atexit
+
+    _atexit.register(_anyfork._begin_finalizing)
+    _os.register_at_fork(after_in_child=lambda: _atexit.register(_anyfork._begin_finalizing))

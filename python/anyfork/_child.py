@@ -1,0 +1,151 @@
+"""The handle of a worker."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import warnings
+from types import TracebackType
+from typing import Any, Self
+
+from . import _anyfork, _boot
+from ._errors import SpawnError, WorkerDied
+
+
+class Child(_anyfork.Child):
+    """A worker process, as its owner holds it.
+
+    Made by :func:`anyfork.spawn`. Attributes: ``pid``, ``pidfd`` (readable once
+    the worker has ended), ``report_fd`` (readable when it reported), ``method``.
+
+    The handle owns its worker: :meth:`close`, the end of a ``with`` block, and
+    the garbage collector kill what still runs, and reap it. In a forked child of
+    the owner the handle is foreign: it raises, and touches nothing.
+
+    Safe from any thread of the interpreter that made it.
+    """
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait until the worker has ended; return its :attr:`returncode`.
+
+        Args:
+          timeout: seconds; None waits for ever.
+
+        Raises: TimeoutError; WorkerDied if somebody else in this process reaped
+        the worker and nothing tells its status.
+        """
+        if not self._wait(True, timeout):
+            raise TimeoutError(f"worker {self.pid} still runs after {timeout} s")
+        code = self.returncode
+        if code is None:
+            raise WorkerDied(self.pid, None)
+        return code
+
+    def wait_ready(self, timeout: float | None = None) -> None:
+        """Wait until the worker is about to call its target.
+
+        Raises: SpawnError if it could not get there, with what it reported and
+        how it ended; TimeoutError.
+        """
+        if not self._wait(False, timeout):
+            raise TimeoutError(f"worker {self.pid} is not ready after {timeout} s")
+        if not self._ready:
+            self._raise_start_failure()
+
+    def result(self, timeout: float | None = None) -> Any:
+        """Wait for the worker's end; return what the target returned.
+
+        Raises: what the target raised, with the worker's traceback as a note;
+        WorkerDied if it ended without either; SpawnError if it never got to its
+        target; TimeoutError.
+        """
+        exc = self.exception(timeout)
+        if exc is not None:
+            raise exc
+        kind, payload = self._outcome()
+        return pickle.loads(payload)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Wait for the worker's end; return what its target raised, or None."""
+        if not self._wait(True, timeout):
+            raise TimeoutError(f"worker {self.pid} still runs after {timeout} s")
+        if not self._ready:
+            return self._start_failure()
+        kind, payload = self._outcome()
+        if kind == _boot.RESULT:
+            return None
+        if kind in (_boot.RAISED, _boot.ERROR):
+            return _boot.restore(payload)
+        if self._read_errno:
+            return SpawnError("read", self._read_errno, self.method, "its result is lost")
+        if self._closed:
+            return WorkerDied(self.pid, self._status, "its handle was closed")
+        return WorkerDied(self.pid, self._status, "it sent no result")
+
+    @property
+    def returncode(self) -> int | None:
+        """Exit code, or the negated signal number; None while the worker runs, or
+        before a :meth:`wait` has seen it end. Never waits, never reaps."""
+        return None if self._status is None else os.waitstatus_to_exitcode(self._status)
+
+    def is_alive(self) -> bool:
+        """Look whether the worker still runs; never waits."""
+        return not self._poll()
+
+    def terminate(self) -> None:
+        """Send SIGTERM; nothing happens if the worker has ended."""
+        self.signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Send SIGKILL; nothing happens if the worker has ended."""
+        self.signal(signal.SIGKILL)
+
+    def _start_failure(self) -> BaseException:
+        """Why there is no READY record; the worker has ended, or reported ERROR."""
+        if not self._wait(True, 10):
+            self.kill()
+            self._wait(True, 10)
+        error = self._error()
+        if error is None:
+            stage, errno, detail = "child", 0, "the worker ended before it was ready"
+        else:
+            stage, errno, detail = error
+        died = WorkerDied(self.pid, self._status)
+        exc = SpawnError(stage, errno or None, self.method, f"{detail}; {died}" if detail else str(died))
+        kind, payload = self._outcome()
+        if kind == _boot.ERROR and payload:
+            exc.__cause__ = _boot.restore(payload)
+        return exc
+
+    def _raise_start_failure(self) -> None:
+        raise self._start_failure()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if not (self._closed or self._foreign or self._ended or self._poll()):
+            warnings.warn(
+                f"worker {self.pid} was still running when its handle was dropped: killed",
+                ResourceWarning,
+                source=self,
+                stacklevel=2,
+            )
+
+    def __repr__(self) -> str:
+        if self._foreign:
+            state = "foreign"
+        elif self._status is not None:
+            state = f"returncode={self.returncode}"
+        else:
+            state = "ended" if self._ended else "running"
+        return f"<anyfork.Child pid={self.pid} method={self.method} {state}>"

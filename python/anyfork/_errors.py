@@ -1,0 +1,133 @@
+"""Errors: what failed, where, what it left behind, what to do."""
+
+from __future__ import annotations
+
+import errno as _errno
+import os
+import signal
+
+_DOCS = "docs/methods.md"
+
+# enum anyfork_code of include/anyfork/anyfork.h
+_EINVAL, _ELAYOUT, _EUNAVAILABLE, _ESYSTEM, _EFINALIZING = range(-5000, -5005, -1)
+_ETIMEDOUT, _EDIED, _EFOREIGN, _EREAPED = range(-5006, -5010, -1)
+
+
+class SpawnError(OSError):
+    """A start failed; nothing of it is left behind.
+
+    Attributes:
+      stage: where it failed, a name such as ``"fork"`` or ``"pipe"``.
+      errno: the system's error number, or None if no system call was involved.
+      method: the spawn method, or ``"fork()"``.
+      detail: what was found.
+    """
+
+    def __init__(self, stage: str, errno: int | None, method: str, detail: str) -> None:
+        self.stage = stage
+        self.method = method
+        self.detail = detail
+        text = f"{method}: {detail} (stage: {stage})" if detail else f"{method}: stage {stage} failed"
+        if errno:
+            super().__init__(errno, f"{text}: {os.strerror(errno)}")
+        else:
+            super().__init__(text)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (type(self), (self.stage, self.errno, self.method, self.detail))
+
+
+class MethodUnavailable(SpawnError, NotImplementedError):
+    """This method, or ``fork()``, cannot work here; nothing was started."""
+
+
+class WorkerDied(Exception):
+    """A worker ended without a result.
+
+    Attributes:
+      pid: its process id.
+      status: its wait status, as of :func:`os.waitpid`; None if the host reaped
+        it and no record tells.
+      returncode: the exit code, or the negated signal number, or None.
+    """
+
+    def __init__(self, pid: int, status: int | None, detail: str = "") -> None:
+        self.pid = pid
+        self.status = status
+        self.detail = detail
+        self.returncode = None if status is None else os.waitstatus_to_exitcode(status)
+        text = f"worker {pid} {describe_status(status)}"
+        super().__init__(f"{text}: {detail}" if detail else text)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (type(self), (self.pid, self.status, self.detail))
+
+
+class RemoteError(Exception):
+    """An exception of a worker that could not be pickled: its repr and traceback.
+
+    Attributes:
+      type_name: the qualified name of its type.
+      traceback_text: the traceback as the worker saw it.
+    """
+
+    def __init__(self, type_name: str, text: str, traceback_text: str) -> None:
+        self.type_name = type_name
+        self.text = text
+        self.traceback_text = traceback_text
+        super().__init__(f"{type_name}: {text}")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (type(self), (self.type_name, self.text, self.traceback_text))
+
+
+def describe_status(status: int | None) -> str:
+    """Say what a wait status means."""
+    if status is None:
+        return "was reaped by somebody else in this process; its status is lost"
+    code = os.waitstatus_to_exitcode(status)
+    if code >= 0:
+        return f"exited with status {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    return f"was killed by {name}"
+
+
+def _descriptor_limit() -> str:
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return f"the limit of open files is {soft} (RLIMIT_NOFILE, hard limit {hard})"
+
+
+def from_c(
+    code: int, stage: str, errno: int, method: str, detail: str, line: int
+) -> BaseException:
+    """Make the exception for a ``struct anyfork_error``."""
+    if code == _EINVAL:
+        return ValueError(f"{method}: {detail}")
+    if code == _EFINALIZING:
+        return PythonFinalizationError(f"{method}: {detail}")
+    if code in (_ELAYOUT, _EUNAVAILABLE):
+        what = detail
+        if code == _ELAYOUT:
+            import sys
+
+            version = sys.version.split()[0]
+            what = f"unknown interpreter layout ({detail}; CPython {version})"
+        return MethodUnavailable(
+            stage,
+            None,
+            method,
+            f"{what}; nothing was started. `anyfork methods` shows what works here; see {_DOCS}",
+        )
+    if errno in (_errno.EMFILE, _errno.ENFILE):
+        detail = "; ".join(filter(None, (detail, _descriptor_limit())))
+    if code == _EFOREIGN:
+        return SpawnError(stage, None, method, detail)
+    exc = SpawnError(stage, errno or None, method, detail)
+    if code == _ETIMEDOUT:
+        exc.add_note("nothing was started")
+    return exc

@@ -1,0 +1,74 @@
+"""(fn, args, method) checked and, where it changes interpreter, pickled."""
+
+from __future__ import annotations
+
+import pickle
+import sys
+from typing import Any, Callable
+
+from . import _anyfork
+from ._child import Child
+
+
+def _names() -> list[str]:
+    return [row["name"] for row in _anyfork.methods()]
+
+
+def _check(fn: object, method: object) -> str:
+    if not callable(fn):
+        raise TypeError(f"the target must be callable, not {type(fn).__name__}: {fn!r}")
+    if method is None:
+        raise TypeError(f"method is required: one of {', '.join(_names())}")
+    if not isinstance(method, str):
+        raise TypeError(f"method must be a str, not {type(method).__name__}")
+    if method not in _names():
+        raise ValueError(f"unknown spawn method {method!r}; known are: {', '.join(_names())}")
+    return method
+
+
+def _pickled(fn: Callable[..., object], args: tuple[object, ...], method: str) -> bytes:
+    try:
+        payload = pickle.dumps((fn, args), protocol=5)
+    except Exception as exc:
+        raise TypeError(
+            f"{method}: the target runs in the main interpreter, and from a sub-interpreter it "
+            f"must be picklable: {type(exc).__name__}: {exc}. Or use method='fork'"
+        ) from exc
+    return pickle.dumps(([p for p in sys.path if isinstance(p, str)], payload), protocol=5)
+
+
+def spawn(fn: Callable[..., object], /, *args: object, method: str | None = None) -> Child:
+    """Start a worker that calls ``fn(*args)``; return its handle at once.
+
+    Args:
+      fn: any callable for methods that run in the caller's memory; picklable
+        where the target changes interpreter (``subint_fork`` from a
+        sub-interpreter).
+      args: its arguments.
+      method: a name of :func:`anyfork.methods`; required.
+
+    Returns: a :class:`Child`, before the worker is ready.
+
+    Raises, with nothing started: TypeError or ValueError for bad input,
+    MethodUnavailable where the method cannot work here, SpawnError if the system
+    refuses, PythonFinalizationError while the interpreter shuts down.
+
+    The worker has default signal dispositions, an empty signal mask, standard
+    streams and logging handlers of its own, and ends by ``os._exit()``. It ends
+    with its owner, whatever it is doing then. Safe from any thread and any
+    interpreter, also inside ``trio.run`` or an asyncio loop.
+    """
+    name = _check(fn, method)
+    if name != "fork" and not _anyfork.in_main():
+        return _anyfork.spawn(Child, name, _pickled(fn, args, name), ())
+    return _anyfork.spawn(Child, name, fn, args)
+
+
+def run(fn: Callable[..., Any], /, *args: object, method: str | None = None) -> Any:
+    """Call ``fn(*args)`` in a worker and return its result.
+
+    Blocks until the worker has ended. Arguments and errors as :func:`spawn`;
+    raises also what the target raised, and :class:`WorkerDied`.
+    """
+    with spawn(fn, *args, method=method) as child:
+        return child.result()

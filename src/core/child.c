@@ -1,0 +1,124 @@
+/*
+ * Between fork(2) and the repaired child.
+ *
+ * Rule: async-signal-safe only, see signal-safety(7): the other threads are
+ * gone and whatever locks they held stay locked. No Python, malloc, stdio or
+ * locks; tools/check_child.py checks the undefined symbols of this object. The
+ * parent judged (afk_plan), this file only carries out.
+ */
+#include "core.h"
+#include "anyfork/anyfork.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <sys/ioctl.h>
+#include <unistd.h>
+
+#pragma GCC poison malloc calloc realloc free printf exit abort
+
+_Noreturn void
+afk_child_give_up(const struct afk_plan *plan, int stage, int errnum, const char *detail)
+{
+    struct afk_report report = {.magic = AFK_REPORT_MAGIC,
+                                .kind = AFK_REPORT_ERROR,
+                                .stage = (uint16_t)stage,
+                                .sys_errno = errnum};
+    for (unsigned i = 0; i + 1 < sizeof report.detail && detail[i] != '\0'; i++)
+        report.detail[i] = detail[i];
+    if (plan->status_fd >= 0)
+        (void)!write(plan->status_fd, &report, sizeof report);
+    _exit(AFK_EXIT_SETUP);
+}
+
+/* A host's C handlers too: Apache's makes a terminated child exit with 255. */
+static void
+reset_dispositions(const struct afk_plan *plan)
+{
+    const struct sigaction dfl = {.sa_handler = SIG_DFL};
+    struct sigaction now;
+
+    for (int sig = 1; sig < NSIG; sig++) {
+        if (sig == SIGKILL || sig == SIGSTOP)
+            continue;
+        if (plan->dispositions == AFK_DISPOSITIONS_RESET_LISTED) {
+            if (sigismember(&plan->reset, sig) == 1)
+                (void)sigaction(sig, &dfl, NULL);
+            continue;
+        }
+        if (sigaction(sig, NULL, &now) < 0) /* glibc keeps two for itself */
+            continue;
+        /* An ignored signal stays ignored, as over an exec: nohup(1), and
+         * Python's own SIGPIPE. But an ignored SIGCHLD would take the exit
+         * status of the worker's own children away. */
+        bool ignored = (now.sa_flags & SA_SIGINFO) == 0 && now.sa_handler == SIG_IGN;
+        if (!ignored || sig == SIGCHLD)
+            (void)sigaction(sig, &dfl, NULL);
+    }
+}
+
+/* The worker's end of the lifeline: the kernel kills us when the last write end
+ * closes, whatever we are doing then. No thread, no polling, and unlike
+ * PR_SET_PDEATHSIG not bound to the thread that forked, prctl(2). */
+static void
+arm_lifeline(const struct afk_plan *plan)
+{
+    char go;
+    ssize_t n;
+
+    /* The owner's byte: it holds a pidfd of us. End of file: it is gone. */
+    do
+        n = read(plan->life_fd, &go, 1);
+    while (n < 0 && errno == EINTR);
+    if (n == 0)
+        _exit(AFK_EXIT_ORPHANED);
+    if (n < 0)
+        afk_child_give_up(plan, ANYFORK_STAGE_LIFELINE, errno, "read of the first byte");
+    int flags = fcntl(plan->life_fd, F_GETFL);
+    if (fcntl(plan->life_fd, F_SETOWN, getpid()) < 0 ||
+        fcntl(plan->life_fd, F_SETSIG, SIGKILL) < 0 || flags < 0 ||
+        fcntl(plan->life_fd, F_SETFL, flags | O_ASYNC) < 0)
+        afk_child_give_up(plan, ANYFORK_STAGE_LIFELINE, errno, "fcntl");
+    /* A hang-up that came before O_ASYNC sends no signal. */
+    struct pollfd now = {.fd = plan->life_fd};
+    if (poll(&now, 1, 0) > 0 && (now.revents & POLLHUP) != 0)
+        _exit(AFK_EXIT_ORPHANED);
+}
+
+/* login_tty(3), which is not listed as async-signal-safe. */
+static void
+take_terminal(const struct afk_plan *plan)
+{
+    (void)close(plan->tty_master_fd);
+    if (setsid() < 0 || ioctl(plan->tty_fd, TIOCSCTTY, 0) < 0)
+        afk_child_give_up(plan, ANYFORK_STAGE_PTY, errno, "controlling terminal");
+    for (int fd = 0; fd <= 2; fd++)
+        if (dup2(plan->tty_fd, fd) < 0)
+            afk_child_give_up(plan, ANYFORK_STAGE_PTY, errno, "dup2");
+    if (plan->tty_fd > 2)
+        (void)close(plan->tty_fd);
+    else
+        (void)fcntl(plan->tty_fd, F_SETFD, 0);
+}
+
+void
+afk_child_repair(const struct afk_plan *plan)
+{
+    for (unsigned i = 0; i < plan->n_stores; i++)
+        *plan->store[i].addr = plan->store[i].value;
+    /* Before any signal can arrive: CPython's handler would write the number
+     * into the pipe of the parent's event loop. */
+    if (plan->set_wakeup_fd != NULL)
+        (void)plan->set_wakeup_fd(-1);
+    if (plan->dispositions != AFK_DISPOSITIONS_KEEP)
+        reset_dispositions(plan);
+    if (plan->life_fd >= 0)
+        arm_lifeline(plan);
+    if (plan->tty_fd >= 0)
+        take_terminal(plan);
+    /* Last here, and not after Python's hooks: processes and threads that those
+     * start would inherit a full mask, and could never be terminated. */
+    if (sigprocmask(SIG_SETMASK, plan->keep_mask ? &plan->caller_mask : &plan->child_mask,
+                    NULL) < 0)
+        afk_child_give_up(plan, ANYFORK_STAGE_CHILD, errno, "sigprocmask");
+}

@@ -1,0 +1,185 @@
+/*
+ * Process mechanics without Python: declarations shared by the files of core,
+ * and by those of cpython above it. Grouped by file.
+ *
+ * Rule: nothing here includes Python.h. The parent decides (afk_plan), the
+ * child obeys (child.c).
+ */
+#ifndef AFK_CORE_H
+#define AFK_CORE_H
+
+#include <signal.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+struct anyfork_error;
+struct anyfork_child;
+
+/* ---- fault.c: compiled in with -Dfaults=true only ------------------------ */
+#ifdef AFK_FAULTS
+bool afk_fault_due(const char *what);
+extern int afk_fault_errno;
+#define AFK_SYS(what, call) (afk_fault_due(what) ? -afk_fault_errno : (call))
+#define AFK_ALLOC(what, call) (afk_fault_due(what) ? NULL : (call))
+/* Arm: the nth fault point from now fails (and all after it if `for_good`). */
+void afk_fault_arm(unsigned nth, int errnum, bool for_good);
+unsigned afk_fault_hits(void);   /* faults injected since armed */
+unsigned afk_fault_points(void); /* points passed since armed */
+const char *afk_fault_last(void);
+#else
+#define AFK_SYS(what, call) (call)
+#define AFK_ALLOC(what, call) (call)
+#endif
+
+/* ---- os_linux.c: system calls; each returns >= 0 or a negative errno ------ */
+int afk_os_pipe(int ret_fds[2], int flags);
+int afk_os_dup_above(int fd, int lowest);
+int afk_os_pidfd_open(pid_t pid);
+int afk_os_pidfd_signal(int pidfd, int sig);
+/* 1 reaped, 0 still running, negative errno. ret_status is a wait status. */
+int afk_os_pidfd_reap(int pidfd, bool block, int *ret_status);
+/* The wait status of a process that somebody else reaped; Linux >= 6.15. */
+int afk_os_pidfd_exit_info(int pidfd, int *ret_status);
+int afk_os_openpty(int *ret_master, int *ret_slave);
+ssize_t afk_os_read(int fd, void *buf, size_t size);
+int afk_os_write_all(int fd, const void *buf, size_t size);
+void afk_os_close(int fd);
+int64_t afk_os_now_ns(void);
+/* Copies memory of this process, or fails with -EFAULT: never a signal. */
+int afk_os_peek(void *dst, const void *src, size_t size);
+
+/* ---- report.c: what a child tells its owner ------------------------------- */
+enum afk_report_kind {
+    AFK_REPORT_READY = 1,
+    AFK_REPORT_ERROR = 2,   /* payload: traceback text or pickled exception */
+    AFK_REPORT_RESULT = 3,  /* payload: the pickled result */
+    AFK_REPORT_RAISED = 4,  /* payload: the pickled exception of the target */
+    AFK_REPORT_EXIT = 5,    /* value: exit code */
+    AFK_REPORT_COUNT
+};
+#define AFK_REPORT_MAGIC 0x314b4641u /* "AFK1" */
+
+/* 64 bytes, smaller than PIPE_BUF: one write(2) is atomic. */
+struct afk_report {
+    uint32_t magic;
+    uint16_t kind;
+    uint16_t stage;         /* enum anyfork_stage, of ERROR */
+    int32_t sys_errno;
+    int32_t value;
+    uint64_t payload_bytes; /* follow the record */
+    char detail[40];
+};
+/* Async-signal-safe. Returns 0 or a negative errno. */
+int afk_report_write(int fd, const struct afk_report *report);
+/* 0 if `report` is well formed, else -EBADMSG. */
+int afk_report_check(const struct afk_report *report);
+
+/* ---- lifeline.c: worker fds of the owner, closed in every forked child ---- */
+/* Counts forks between this process and the one that loaded the library. */
+unsigned afk_generation(void);
+/* Returns 0 or -ENOMEM; the fd is closed in forked children from here on. */
+int afk_lifeline_register(int fd);
+/* Forgets and closes fd, in the order that no fork can race. */
+void afk_lifeline_close(int *fd);
+/* Runs `hook` in every forked child, async-signal-safe. At most 4. */
+void afk_at_fork_child(void (*hook)(void));
+
+/* ---- fork.c, child.c ------------------------------------------------------ */
+#define AFK_STORES_MAX 512
+#define AFK_EXIT_SETUP 113   /* phase A failed; an ERROR record says why */
+#define AFK_EXIT_ORPHANED 114 /* the owner died before the worker was armed */
+#define AFK_EXIT_PRELUDE 115 /* phases B and C failed; an ERROR record says why */
+
+struct afk_store {
+    void **addr;
+    void *value;
+};
+
+enum afk_dispositions {
+    AFK_DISPOSITIONS_KEEP,
+    AFK_DISPOSITIONS_RESET_LISTED, /* those in plan->reset to SIG_DFL */
+    AFK_DISPOSITIONS_DEFAULT,      /* all handlers, and SIGCHLD, to SIG_DFL */
+};
+
+/* All that the child does before any Python runs, decided in the parent. */
+struct afk_plan {
+    unsigned n_stores;
+    struct afk_store store[AFK_STORES_MAX];
+    int (*set_wakeup_fd)(int); /* NULL: keep; else called with -1 */
+    enum afk_dispositions dispositions;
+    sigset_t reset;
+    sigset_t child_mask;
+    bool keep_mask;   /* the caller's mask, not child_mask */
+    int life_fd;      /* the worker's read end of the lifeline, or -1 */
+    int status_fd;    /* the worker's write end of the status pipe, or -1 */
+    int tty_fd;       /* slave of the new controlling terminal, or -1 */
+    int tty_master_fd;
+    sigset_t caller_mask; /* filled by afk_fork() */
+};
+void afk_plan_init(struct afk_plan *plan);
+/* Returns 0 or -ENOSPC. */
+int afk_plan_store(struct afk_plan *plan, void *addr, void *value);
+
+/* fork(2) with all signals blocked; the child has carried out the plan when 0
+ * is returned. A negative errno means that there is no child. */
+pid_t afk_fork(struct afk_plan *plan);
+void afk_child_repair(const struct afk_plan *plan);
+_Noreturn void afk_child_give_up(const struct afk_plan *plan, int stage, int errnum,
+                                 const char *detail);
+
+/* ---- process.c ------------------------------------------------------------ */
+struct afk_payload {
+    char *data; /* malloc()ed */
+    size_t size;
+};
+
+/* New handle with its pipes; the worker's ends are put in the plan.
+ * Returns 0 or a negative enum anyfork_code with reterr filled. */
+int afk_child_new(struct anyfork_child **ret_child, struct afk_plan *plan,
+                  struct anyfork_error *reterr);
+/* After the fork, in the parent: pidfd, then the byte that lets the child go on.
+ * On failure the child has been killed and reaped. */
+int afk_child_adopt(struct anyfork_child *child, pid_t pid, struct afk_plan *plan,
+                    struct anyfork_error *reterr);
+/* Drains reports and reaps, without blocking. Returns 1 once the child ended. */
+int afk_child_poll(struct anyfork_child *child);
+/* Waits until `until` holds or the child ended: 0; or ANYFORK_ETIMEDOUT,
+ * -EINTR (so that the caller may look at its signals), ANYFORK_EFOREIGN. */
+enum afk_until { AFK_UNTIL_READY, AFK_UNTIL_ENDED };
+int afk_child_wait_step(struct anyfork_child *child, enum afk_until until,
+                        int64_t timeout_ns);
+
+enum afk_status_from {
+    AFK_STATUS_UNKNOWN,     /* still running */
+    AFK_STATUS_FROM_REPORT, /* EXIT record */
+    AFK_STATUS_FROM_WAIT,
+    AFK_STATUS_FROM_INFO,   /* PIDFD_GET_INFO */
+    AFK_STATUS_LOST,        /* reaped by the host */
+};
+struct afk_child_view {
+    pid_t pid;
+    int pidfd;
+    int status_fd;
+    bool foreign;
+    bool ready;
+    bool ended;
+    enum afk_status_from status_from;
+    int status;
+    int read_errno;         /* 0, or why the reports could not be read */
+    int outcome;            /* enum afk_report_kind or 0: what the payload is */
+    const char *payload;
+    size_t payload_size;
+    struct afk_report error; /* kind 0 if there was none */
+};
+void afk_child_view(struct anyfork_child *child, struct afk_child_view *ret_view);
+
+/* ---- errors --------------------------------------------------------------- */
+/* Fills *reterr if it is not NULL; returns `code`. */
+int afk_fail(struct anyfork_error *reterr, int code, int stage, int sys_errno, int line,
+             const char *detail);
+#define AFK_FAIL(reterr, code, stage, errnum, detail) \
+    afk_fail(reterr, code, stage, errnum, __LINE__, detail)
+
+#endif

@@ -1,0 +1,191 @@
+/*
+ * System calls of the parent's path. Every function returns >= 0 or a negative
+ * errno, and is a fault point; no other file of core calls the kernel, but for
+ * child.c, which must not be interrupted by faults or libraries.
+ */
+#include "core.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <poll.h>
+#include <pty.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/syscall.h>
+#include <sys/uio.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#ifndef SYS_pidfd_open
+#define SYS_pidfd_open 434
+#endif
+#ifndef SYS_pidfd_send_signal
+#define SYS_pidfd_send_signal 424
+#endif
+
+static int
+result(long r)
+{
+    return r < 0 ? -errno : (int)r;
+}
+
+int
+afk_os_pipe(int ret_fds[2], int flags)
+{
+    return AFK_SYS("pipe2", result(pipe2(ret_fds, flags)));
+}
+
+int
+afk_os_dup_above(int fd, int lowest)
+{
+    return AFK_SYS("fcntl(F_DUPFD_CLOEXEC)", result(fcntl(fd, F_DUPFD_CLOEXEC, lowest)));
+}
+
+int
+afk_os_pidfd_open(pid_t pid)
+{
+    return AFK_SYS("pidfd_open", result(syscall(SYS_pidfd_open, pid, 0)));
+}
+
+int
+afk_os_pidfd_signal(int pidfd, int sig)
+{
+    return AFK_SYS("pidfd_send_signal",
+                   result(syscall(SYS_pidfd_send_signal, pidfd, sig, NULL, 0)));
+}
+
+static int
+status_of(const siginfo_t *info)
+{
+    if (info->si_code == CLD_EXITED)
+        return (info->si_status & 0xff) << 8;
+    return (info->si_status & 0x7f) | (info->si_code == CLD_DUMPED ? 0x80 : 0);
+}
+
+int
+afk_os_pidfd_reap(int pidfd, bool block, int *ret_status)
+{
+    siginfo_t info;
+    int r;
+
+    memset(&info, 0, sizeof info);
+    /* 3 is P_PIDFD, which older libc headers do not name. __WALL: also children
+     * whose exit signal is not SIGCHLD. */
+    do
+        r = AFK_SYS("waitid", result(waitid((idtype_t)3, (id_t)pidfd, &info,
+                                            WEXITED | __WALL | (block ? 0 : WNOHANG))));
+    while (r == -EINTR);
+    if (r < 0)
+        return r;
+    if (info.si_pid == 0)
+        return 0;
+    *ret_status = status_of(&info);
+    return 1;
+}
+
+/* linux/pidfd.h of Linux 6.15; older headers lack it. */
+struct pidfd_info_v1 {
+    uint64_t mask, cgroupid;
+    uint32_t pid, tgid, ppid, ruid, rgid, euid, egid, suid, sgid, fsuid, fsgid;
+    int32_t exit_code;
+};
+#define AFK_PIDFD_INFO_EXIT (1u << 3)
+
+int
+afk_os_pidfd_exit_info(int pidfd, int *ret_status)
+{
+    struct pidfd_info_v1 info;
+    unsigned long request = _IOC(_IOC_READ | _IOC_WRITE, 0xff, 11, sizeof info);
+
+    memset(&info, 0, sizeof info);
+    info.mask = AFK_PIDFD_INFO_EXIT;
+    int r = AFK_SYS("ioctl(PIDFD_GET_INFO)", result(ioctl(pidfd, request, &info)));
+    if (r < 0)
+        return r;
+    if ((info.mask & AFK_PIDFD_INFO_EXIT) == 0)
+        return -ESRCH;
+    *ret_status = info.exit_code;
+    return 0;
+}
+
+int
+afk_os_openpty(int *ret_master, int *ret_slave)
+{
+    int r = AFK_SYS("openpty", result(openpty(ret_master, ret_slave, NULL, NULL, NULL)));
+    if (r < 0)
+        return r;
+    /* openpty(3) has no close-on-exec; the GIL is held, so that only threads of
+     * other interpreters could start a program in between. */
+    (void)fcntl(*ret_master, F_SETFD, FD_CLOEXEC);
+    (void)fcntl(*ret_slave, F_SETFD, FD_CLOEXEC);
+    return 0;
+}
+
+ssize_t
+afk_os_read(int fd, void *buf, size_t size)
+{
+    ssize_t n;
+    do
+        n = AFK_SYS("read", (n = read(fd, buf, size)) < 0 ? -errno : n);
+    while (n == -EINTR);
+    return n;
+}
+
+int
+afk_os_write_all(int fd, const void *buf, size_t size)
+{
+    const char *p = buf;
+    while (size > 0) {
+        ssize_t n = AFK_SYS("write", (n = write(fd, p, size)) < 0 ? -errno : n);
+        if (n == -EINTR)
+            continue;
+        if (n < 0)
+            return (int)n;
+        p += n;
+        size -= (size_t)n;
+    }
+    return 0;
+}
+
+void
+afk_os_close(int fd)
+{
+    if (fd >= 0)
+        (void)close(fd); /* Linux frees the number even on EINTR */
+}
+
+int64_t
+afk_os_now_ns(void)
+{
+    struct timespec t;
+    (void)clock_gettime(CLOCK_MONOTONIC, &t);
+    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+/* process_vm_readv(2) on ourselves; where a seccomp filter forbids it, the
+ * kernel's copy into a pipe answers EFAULT just as well. */
+int
+afk_os_peek(void *dst, const void *src, size_t size)
+{
+    struct iovec to = {dst, size};
+    struct iovec from = {(void *)(uintptr_t)src, size};
+    ssize_t n = process_vm_readv(getpid(), &to, 1, &from, 1, 0);
+
+    if (n == (ssize_t)size)
+        return 0;
+    if (n >= 0 || errno == EFAULT)
+        return -EFAULT;
+    if (size > PIPE_BUF)
+        return -EFAULT;
+    int fds[2];
+    if (pipe2(fds, O_CLOEXEC | O_NONBLOCK) < 0)
+        return -errno;
+    int r = 0;
+    if (write(fds[1], src, size) != (ssize_t)size || read(fds[0], dst, size) != (ssize_t)size)
+        r = -EFAULT;
+    (void)close(fds[0]);
+    (void)close(fds[1]);
+    return r;
+}

@@ -1,0 +1,434 @@
+/*
+ * One worker, as its owner sees it: two pipes, a pidfd, what the child reported
+ * and how it ended.
+ *
+ * Rules: a handle belongs to the process that made it; in a forked child every
+ * call answers ANYFORK_EFOREIGN and touches no fd. A status, once known, is
+ * kept. There is one way to reap, under the handle's lock, and ECHILD is never
+ * taken for an answer.
+ */
+#include "core.h"
+#include "anyfork/anyfork.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <poll.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#define DEATH_WAIT_NS ((int64_t)10 * 1000000000) /* for a child that was killed */
+
+#define REAP_TRIES 3
+
+struct anyfork_child {
+    pthread_mutex_t lock; /* short steps only, never across a wait or a fork */
+    unsigned generation;
+    pid_t pid;
+    int pidfd;
+    int status_fd;   /* read end, non-blocking; -1 after end-of-file */
+    int life_write;  /* closes with the owner: that is the lifeline */
+    int life_read;   /* keeps the worker's read end alive though it closes its own */
+    bool ready;
+    bool ended;
+    bool reaped;     /* or nothing left to reap */
+    enum afk_status_from status_from;
+    int status;
+    int read_errno;  /* the report pipe failed */
+    bool has_exit_report;
+    int exit_report;
+    int outcome;
+    char *payload;
+    size_t payload_size, payload_have;
+    struct afk_report error;
+    /* The record being read. */
+    struct afk_report partial;
+    size_t partial_have;
+};
+
+static void
+close_fds(struct anyfork_child *child)
+{
+    afk_lifeline_close(&child->status_fd);
+    afk_lifeline_close(&child->life_write);
+    afk_lifeline_close(&child->life_read);
+    afk_lifeline_close(&child->pidfd);
+}
+
+static void
+free_handle(struct anyfork_child *child)
+{
+    (void)pthread_mutex_destroy(&child->lock);
+    free(child->payload);
+    free(child);
+}
+
+int
+afk_child_new(struct anyfork_child **ret_child, struct afk_plan *plan,
+              struct anyfork_error *reterr)
+{
+    int status[2] = {-1, -1}, life[2] = {-1, -1};
+    const char *what = "status pipe";
+    struct anyfork_child *child = AFK_ALLOC("calloc(child)", calloc(1, sizeof *child));
+    if (child == NULL)
+        return AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_MEMORY, ENOMEM, "worker handle");
+    (void)pthread_mutex_init(&child->lock, NULL);
+    child->generation = afk_generation();
+    child->pidfd = child->status_fd = child->life_write = child->life_read = -1;
+
+    int r = afk_os_pipe(status, O_CLOEXEC);
+    if (r < 0)
+        goto fail;
+    child->status_fd = status[0];
+    status[0] = -1;
+    r = afk_lifeline_register(child->status_fd);
+    if (r < 0)
+        goto fail;
+    (void)fcntl(child->status_fd, F_SETFL, O_NONBLOCK);
+
+    what = "lifeline pipe";
+    r = afk_os_pipe(life, O_CLOEXEC);
+    if (r < 0)
+        goto fail;
+    child->life_write = life[1];
+    life[1] = -1;
+    r = afk_lifeline_register(child->life_write);
+    if (r < 0)
+        goto fail;
+    /* A dying process closes its fds in ascending order. The read end must be
+     * the later one: were it closed first by a worker that has closed its own,
+     * nobody would be left to get the signal. */
+    r = afk_os_dup_above(life[0], child->life_write + 1);
+    if (r < 0)
+        goto fail;
+    child->life_read = r;
+    r = afk_lifeline_register(child->life_read);
+    if (r < 0)
+        goto fail;
+
+    plan->status_fd = status[1];
+    plan->life_fd = life[0];
+    *ret_child = child;
+    return 0;
+
+fail:
+    for (int i = 0; i < 2; i++) {
+        afk_os_close(status[i]);
+        afk_os_close(life[i]);
+    }
+    close_fds(child);
+    free_handle(child);
+    return AFK_FAIL(reterr, ANYFORK_ESYSTEM, r == -ENOMEM ? ANYFORK_STAGE_MEMORY : ANYFORK_STAGE_PIPE,
+                    -r, what);
+}
+
+static void
+close_worker_ends(struct afk_plan *plan)
+{
+    afk_os_close(plan->status_fd);
+    afk_os_close(plan->life_fd);
+    plan->status_fd = plan->life_fd = -1;
+}
+
+int
+afk_child_adopt(struct anyfork_child *child, pid_t pid, struct afk_plan *plan,
+                struct anyfork_error *reterr)
+{
+    int stage = ANYFORK_STAGE_PIDFD;
+
+    close_worker_ends(plan);
+    if (pid < 0)
+        return 0; /* no child: the caller reports the fork's failure */
+    child->pid = pid;
+    int r = afk_os_pidfd_open(pid);
+    if (r < 0)
+        goto fail;
+    child->pidfd = r;
+    r = afk_lifeline_register(r);
+    if (r < 0)
+        goto fail;
+    stage = ANYFORK_STAGE_HANDSHAKE;
+    r = afk_os_write_all(child->life_write, "g", 1);
+    if (r < 0)
+        goto fail;
+    return 0;
+
+fail:
+    /* The child still waits for its byte, so the number is still its own. */
+    (void)kill(pid, SIGKILL);
+    while (waitpid(pid, &(int){0}, 0) < 0 && errno == EINTR)
+        ;
+    child->ended = child->reaped = true;
+    return AFK_FAIL(reterr, ANYFORK_ESYSTEM, stage, -r, NULL);
+}
+
+/* ---- reading reports ------------------------------------------------------ */
+
+static void
+take_record(struct anyfork_child *child)
+{
+    const struct afk_report *r = &child->partial;
+    switch (r->kind) {
+    case AFK_REPORT_READY:
+        child->ready = true;
+        break;
+    case AFK_REPORT_EXIT:
+        child->has_exit_report = true;
+        child->exit_report = (r->value & 0xff) << 8;
+        break;
+    default:
+        if (r->kind == AFK_REPORT_ERROR)
+            child->error = *r;
+        child->outcome = r->kind;
+        child->payload_size = r->payload_bytes;
+        child->payload_have = 0;
+        free(child->payload);
+        child->payload = r->payload_bytes ? malloc(r->payload_bytes) : NULL;
+        break;
+    }
+}
+
+static void
+end_of_reports(struct anyfork_child *child)
+{
+    afk_lifeline_close(&child->status_fd);
+    if (child->payload_have < child->payload_size) { /* cut off: not a result */
+        child->outcome = 0;
+        child->payload_size = 0;
+    }
+}
+
+/* Reads what is there. The lock is held. */
+static void
+drain(struct anyfork_child *child)
+{
+    while (child->status_fd >= 0) {
+        char scratch[4096];
+        bool in_payload = child->payload_have < child->payload_size;
+        char *to;
+        size_t want;
+        if (!in_payload) {
+            to = (char *)&child->partial + child->partial_have;
+            want = sizeof child->partial - child->partial_have;
+        }
+        else {
+            want = child->payload_size - child->payload_have;
+            to = child->payload + child->payload_have;
+            if (child->payload == NULL) { /* too large for us: keep the child going */
+                to = scratch;
+                want = want < sizeof scratch ? want : sizeof scratch;
+            }
+        }
+        ssize_t n = afk_os_read(child->status_fd, to, want);
+        if (n == -EAGAIN)
+            return;
+        if (n <= 0) {
+            child->read_errno = (int)-n;
+            end_of_reports(child);
+            return;
+        }
+        if (in_payload) {
+            child->payload_have += (size_t)n;
+            continue;
+        }
+        child->partial_have += (size_t)n;
+        if (child->partial_have == sizeof child->partial) {
+            child->partial_have = 0;
+            if (afk_report_check(&child->partial) < 0) {
+                end_of_reports(child); /* user code wrote into our pipe */
+                return;
+            }
+            take_record(child);
+        }
+    }
+}
+
+/* The lock is held. */
+static void
+reap(struct anyfork_child *child, bool block)
+{
+    int status = 0, r = -EAGAIN;
+
+    /* Anything but ECHILD is a passing fault: ask again, but not for ever. */
+    for (int tries = 0; tries < REAP_TRIES && r < 0 && r != -ECHILD; tries++)
+        r = afk_os_pidfd_reap(child->pidfd, block, &status);
+    if (r == 0)
+        return;
+    child->reaped = r == 1 || r == -ECHILD;
+    if (child->ended)
+        return;
+    /* Dead: all it ever wrote is in the pipe. Grandchildren may hold the write
+     * end open, so there may be no end-of-file to wait for. */
+    drain(child);
+    child->ended = true;
+    if (child->has_exit_report) {
+        child->status = child->exit_report;
+        child->status_from = AFK_STATUS_FROM_REPORT;
+    }
+    else if (r == 1) {
+        child->status = status;
+        child->status_from = AFK_STATUS_FROM_WAIT;
+    }
+    else if (afk_os_pidfd_exit_info(child->pidfd, &status) == 0) {
+        child->status = status;
+        child->status_from = AFK_STATUS_FROM_INFO;
+    }
+    else {
+        child->status_from = AFK_STATUS_LOST;
+    }
+    end_of_reports(child);
+    afk_lifeline_close(&child->life_write);
+    afk_lifeline_close(&child->life_read);
+}
+
+/* Whether the process has ended, without asking for its status: somebody else
+ * may have reaped it, and waitid(2) says ECHILD for that only once it is dead. */
+static bool
+dead(const struct anyfork_child *child)
+{
+    struct pollfd p = {.fd = child->pidfd, .events = POLLIN};
+    return poll(&p, 1, 0) > 0 && (p.revents & POLLIN) != 0;
+}
+
+int
+afk_child_poll(struct anyfork_child *child)
+{
+    if (child->generation != afk_generation())
+        return ANYFORK_EFOREIGN;
+    (void)pthread_mutex_lock(&child->lock);
+    drain(child);
+    if (!child->ended && dead(child))
+        reap(child, false);
+    int r = child->ended;
+    (void)pthread_mutex_unlock(&child->lock);
+    return r;
+}
+
+int
+afk_child_wait_step(struct anyfork_child *child, enum afk_until until, int64_t timeout_ns)
+{
+    int64_t deadline = timeout_ns < 0 ? -1 : afk_os_now_ns() + timeout_ns;
+
+    for (;;) {
+        int r = afk_child_poll(child);
+        if (r != 0)
+            return r < 0 ? r : 0;
+        if (until == AFK_UNTIL_READY && (child->ready || child->error.kind != 0))
+            return 0;
+        struct pollfd fds[2] = {{.fd = child->pidfd, .events = POLLIN},
+                                {.fd = child->status_fd, .events = POLLIN}};
+        int timeout_ms = -1;
+        if (deadline >= 0) {
+            int64_t left = deadline - afk_os_now_ns();
+            if (left <= 0)
+                return ANYFORK_ETIMEDOUT;
+            left = (left + 999999) / 1000000;
+            timeout_ms = left > INT_MAX ? INT_MAX : (int)left;
+        }
+        /* A negative status_fd is ignored by poll(2). */
+        if (poll(fds, 2, timeout_ms) < 0 && errno == EINTR)
+            return -EINTR;
+    }
+}
+
+void
+afk_child_view(struct anyfork_child *child, struct afk_child_view *ret_view)
+{
+    memset(ret_view, 0, sizeof *ret_view);
+    ret_view->foreign = child->generation != afk_generation();
+    ret_view->pid = child->pid;
+    if (ret_view->foreign) {
+        ret_view->pidfd = ret_view->status_fd = -1;
+        return;
+    }
+    (void)pthread_mutex_lock(&child->lock);
+    ret_view->pidfd = child->pidfd;
+    ret_view->status_fd = child->status_fd;
+    ret_view->ready = child->ready;
+    ret_view->ended = child->ended;
+    ret_view->status_from = child->status_from;
+    ret_view->status = child->status;
+    ret_view->error = child->error;
+    ret_view->read_errno = child->read_errno;
+    if (child->outcome != 0 && child->payload_have == child->payload_size &&
+        (child->payload != NULL || child->payload_size == 0)) {
+        ret_view->outcome = child->outcome;
+        ret_view->payload = child->payload;
+        ret_view->payload_size = child->payload_size;
+    }
+    (void)pthread_mutex_unlock(&child->lock);
+}
+
+/* ---- public --------------------------------------------------------------- */
+
+pid_t
+anyfork_child_pid(const struct anyfork_child *child)
+{
+    return child->pid;
+}
+
+int
+anyfork_child_pidfd(const struct anyfork_child *child)
+{
+    return child->generation == afk_generation() ? child->pidfd : -1;
+}
+
+int
+anyfork_child_wait(struct anyfork_child *child, int64_t timeout_ns, int *ret_status)
+{
+    int64_t deadline = timeout_ns < 0 ? -1 : afk_os_now_ns() + timeout_ns;
+    int r;
+
+    while ((r = afk_child_wait_step(child, AFK_UNTIL_ENDED, timeout_ns)) == -EINTR) {
+        if (deadline >= 0) {
+            timeout_ns = deadline - afk_os_now_ns();
+            if (timeout_ns < 0)
+                timeout_ns = 0;
+        }
+    }
+    if (r < 0)
+        return r;
+    if (child->status_from == AFK_STATUS_LOST)
+        return ANYFORK_EREAPED;
+    if (ret_status != NULL)
+        *ret_status = child->status;
+    return 0;
+}
+
+int
+anyfork_child_signal(struct anyfork_child *child, int sig)
+{
+    if (child->generation != afk_generation())
+        return ANYFORK_EFOREIGN;
+    if (child->ended)
+        return 0;
+    int r = afk_os_pidfd_signal(child->pidfd, sig);
+    if (r < 0 && r != -ESRCH) {
+        errno = -r;
+        return ANYFORK_ESYSTEM;
+    }
+    return 0;
+}
+
+void
+anyfork_child_close(struct anyfork_child *child)
+{
+    if (child == NULL)
+        return;
+    if (child->generation == afk_generation()) {
+        if (!child->ended && child->pid > 0 && child->pidfd >= 0) {
+            (void)afk_os_pidfd_signal(child->pidfd, SIGKILL);
+            /* The lifeline kills too, should the signal have been refused. */
+            afk_lifeline_close(&child->life_write);
+            (void)anyfork_child_wait(child, DEATH_WAIT_NS, NULL);
+        }
+        if (child->ended && !child->reaped)
+            reap(child, false);
+        close_fds(child);
+    }
+    free_handle(child);
+}

@@ -1,0 +1,207 @@
+/*
+ * What needs an interpreter and knows no object of ours: the layout, the hop,
+ * the twin fork, the launch pad, the child's boot. Grouped by file.
+ */
+#ifndef AFK_CPYTHON_H
+#define AFK_CPYTHON_H
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include "anyfork/anyfork_python.h"
+#include "core/core.h"
+
+#if PY_VERSION_HEX < 0x030D0000
+#error "anyfork needs CPython 3.13 or newer"
+#endif
+
+/* ---- layout.c: the only file that reads private offsets --------------------- */
+enum afk_feature {
+    AFK_FEATURE_HOP,   /* fork in main: interpreter list, main_tstate */
+    AFK_FEATURE_TWIN,  /* fork in a sub-interpreter: HEAD mutex, GIL fields */
+    AFK_FEATURE_HOOKS, /* the lists of os.register_at_fork, parked in the child */
+    AFK_FEATURE_STACK, /* which thread states run on this thread's C stack */
+    AFK_FEATURE_COUNT
+};
+enum afk_feature_state { AFK_UNKNOWN, AFK_READY, AFK_REFUSED };
+
+#define AFK_WHY_SIZE 96
+struct afk_layout {
+    enum afk_feature_state state[AFK_FEATURE_COUNT];
+    char why[AFK_FEATURE_COUNT][AFK_WHY_SIZE];
+    char *runtime;           /* _PyRuntime */
+    size_t runtime_head;     /* interpreters.head; .main, .next_id and so on follow */
+    size_t interp_size;
+    size_t interp_id;
+    size_t interp_next;
+    size_t interp_threads;
+    size_t interp_gil;       /* pointer to the GIL; own_gil follows */
+    size_t interp_own_gil;   /* the embedded GIL that a legacy one does not use */
+    size_t interp_hooks;     /* before, after_in_parent, after_in_child */
+    size_t gil_locked;       /* within the GIL */
+    size_t gil_holder;
+    size_t frame_previous;
+};
+
+/* Where the table comes from; doctored in tests. */
+struct afk_layout_source {
+    unsigned long version_hex; /* of the running CPython */
+    bool debug;                /* is it a debug build? */
+    const unsigned char *table; /* _Py_DebugOffsets */
+    size_t table_size;
+};
+/* Reads, compares and fills *ret; never follows what it has not proved. */
+void afk_layout_discover(const struct afk_layout_source *source, struct afk_layout *ret);
+void afk_layout_source_here(struct afk_layout_source *ret);
+/* The layout of this process, discovered at the first call. Needs an attached
+ * thread state. Never NULL. */
+const struct afk_layout *afk_layout(void);
+const char *afk_feature_name(enum afk_feature feature);
+/* 0, or ANYFORK_ELAYOUT with the reason in reterr. */
+int afk_layout_require(enum afk_feature feature, struct anyfork_error *reterr);
+/* Twin fork turned out not to work after all. */
+void afk_layout_refuse(enum afk_feature feature, const char *why);
+
+/* Named fields. Valid only after afk_layout_require(). */
+PyInterpreterState **afk_runtime_head(const struct afk_layout *lo);
+PyInterpreterState **afk_runtime_main(const struct afk_layout *lo);
+PyThreadState **afk_runtime_main_tstate(const struct afk_layout *lo);
+PyMutex *afk_runtime_head_mutex(const struct afk_layout *lo);
+PyInterpreterState **afk_interp_next(const struct afk_layout *lo, PyInterpreterState *interp);
+PyThreadState **afk_interp_threads(const struct afk_layout *lo, PyInterpreterState *interp);
+char **afk_interp_gil(const struct afk_layout *lo, PyInterpreterState *interp);
+PyObject **afk_interp_child_hooks(const struct afk_layout *lo, PyInterpreterState *interp);
+int *afk_gil_locked(const struct afk_layout *lo, char *gil);
+PyThreadState **afk_gil_holder(const struct afk_layout *lo, char *gil);
+/* True where interp has a GIL that is not main's; -1 if the fields disagree. */
+int afk_interp_has_own_gil(const struct afk_layout *lo, PyInterpreterState *interp);
+bool afk_head_is_locked(const struct afk_layout *lo);
+void afk_head_lock(const struct afk_layout *lo);
+void afk_head_unlock(const struct afk_layout *lo);
+/* Drops a request to give the GIL away: the switch is only put off, until after
+ * the fork, as during os.fork(), which never lets the GIL go. */
+void afk_keep_gil(PyThreadState *ts);
+/* 1: a frame of ts lies on this thread's C stack; 0: it does not, -1: ts has no
+ * frames, or none can be followed. */
+int afk_runs_on_this_stack(const struct afk_layout *lo, PyThreadState *ts);
+
+/* ---- hop.c ------------------------------------------------------------------- */
+/* A fresh thread state on `interp`, made current; *ret_from is what to go back
+ * to. NULL: out of memory, nothing changed. */
+PyThreadState *afk_hop_enter(PyInterpreterState *interp, PyThreadState **ret_from);
+/* Deletes the fresh one and goes back. */
+void afk_hop_leave(PyThreadState *fresh, PyThreadState *from);
+
+enum afk_fork_kind {
+    AFK_FORK_CALL,   /* fork(): the child returns into its caller */
+    AFK_FORK_WORKER, /* the child runs a target and never returns */
+};
+
+/* One fork in progress. `ts` survives in the child. */
+struct afk_forking {
+    enum afk_fork_kind kind;
+    const struct afk_layout *layout;
+    PyInterpreterState *main;
+    PyThreadState *ts;
+    struct anyfork_child *child;  /* adopted right after the fork; NULL for fork() */
+    struct afk_plan plan;
+    PyObject *main_hooks;         /* parked, owned by the interpreter's list */
+    bool parked;
+    /* twin.c */
+    PyThreadState *tm;            /* this thread's state in main */
+    bool fresh_tm;
+    bool own_gil;
+    PyObject *caller_hooks;
+    struct afk_holder *holder;
+    PyThreadState *keep[8];       /* other states of this thread in main */
+    unsigned n_keep;
+};
+
+/* Each shape of fork is these three. before() fails with nothing changed. */
+struct afk_fork_shape {
+    int (*before)(struct afk_forking *f, struct anyfork_error *reterr);
+    void (*after_in_parent)(struct afk_forking *f);
+    void (*after_in_child)(struct afk_forking *f);
+};
+extern const struct afk_fork_shape afk_fork_in_main; /* hop.c */
+extern const struct afk_fork_shape afk_fork_twin;    /* twin.c */
+
+/* The narrator: before, fork, after. ts is attached and current. */
+pid_t afk_fork_from(struct afk_forking *f, struct anyfork_error *reterr);
+void afk_forking_init(struct afk_forking *f, enum afk_fork_kind kind);
+/* Finalization, attached thread state: what every fork asks first. */
+int afk_check_caller(struct anyfork_error *reterr);
+
+/* Shared by the shapes. */
+int afk_plan_drop_states(struct afk_forking *f, PyInterpreterState *interp);
+void afk_run_child_hooks(PyObject *hooks);
+/* Clears inherited atexit callbacks of the current interpreter. */
+void afk_clear_atexit(void);
+int afk_python_handlers(sigset_t *ret);  /* needs main's thread state */
+void afk_default_python_handlers(void);  /* in the child, needs main's */
+
+/* ---- holder.c: a thread that holds an interpreter's own GIL ------------------ */
+struct afk_holder *afk_holder_claim(int *ret_errno);
+/* Takes interp's GIL and keeps it. 0, or -ENOMEM. Call detached. */
+int afk_holder_take(struct afk_holder *holder, PyInterpreterState *interp);
+void afk_holder_release(struct afk_holder *holder); /* lets the GIL go, if taken */
+unsigned afk_holder_threads(void); /* how many exist */
+
+/* ---- boot.c ------------------------------------------------------------------ */
+enum afk_job_kind { AFK_JOB_C, AFK_JOB_CALLABLE, AFK_JOB_PICKLE };
+struct afk_job {
+    enum afk_job_kind kind;
+    anyfork_main entry;
+    void *arg;
+    PyObject *callable, *args;  /* borrowed: the caller keeps them */
+    const char *pickle;
+    size_t pickle_size;
+};
+/* In the parent, with a thread state of the target's interpreter: the Python
+ * part must be there before the fork. Returns a new reference or NULL with
+ * reterr filled and no exception set. */
+PyObject *afk_boot_prepare(struct anyfork_error *reterr);
+_Noreturn void afk_boot_run(PyObject *boot, const struct afk_job *job,
+                            struct afk_forking *f);
+/* Where package `anyfork` lies, for interpreters that do not have it on their
+ * sys.path. Copied. */
+void afk_boot_set_package_parent(const char *dir);
+
+/* ---- pad.c ------------------------------------------------------------------- */
+/* What runs on the launch pad: a thread of an isolated sub-interpreter of its
+ * own, with that interpreter's thread state attached. `arg` is heap memory that
+ * the last of caller and pad frees, for a caller may give up. */
+struct afk_pad_work {
+    int (*job)(void *arg, struct anyfork_error *reterr);
+    void *arg;
+    void (*free)(void *arg);
+    void (*collect)(void *arg, void *into); /* by the caller, once job was >= 0 */
+    void *collect_into;
+};
+/* Releases the GIL. Returns what job returned; or ANYFORK_ETIMEDOUT,
+ * ANYFORK_EFINALIZING, ANYFORK_ESYSTEM with reterr filled, and the job has not
+ * passed its point of no return, nor ever will. */
+int afk_pad_run(const struct afk_pad_work *work, int64_t timeout_ns,
+                struct anyfork_error *reterr);
+/* The job's point of no return: false if its caller has given up. True on any
+ * thread that is no pad. */
+bool afk_pad_commit(void);
+/* Stops the pad and ends its interpreter. Call with main's thread state. */
+int afk_pad_stop(int64_t timeout_ns);
+void afk_pad_begin(void); /* main's Python starts */
+bool afk_pad_is_running(void);
+
+/* ---- start.c: the narrator of a worker's start -------------------------------- */
+struct afk_method;
+int afk_start(const struct afk_method *method, const struct afk_job *job,
+              struct anyfork_child **ret_child, struct anyfork_error *reterr);
+
+/* ---- call.c: fork() and forkpty(), which return twice -------------------------- */
+/* os.fork and os.forkpty of this interpreter, replaced by functions that name
+ * anyfork.fork(); what is not CPython's own any more is left alone. */
+void afk_forbid_os_fork(void);
+
+/* Fills reterr from the Python exception that is set, and clears it. */
+int afk_fail_python(struct anyfork_error *reterr, int stage, int line, const char *what);
+
+#endif

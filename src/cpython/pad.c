@@ -1,0 +1,431 @@
+/*
+ * The launch pad: a thread of an isolated sub-interpreter of its own, which
+ * never enters an event loop and forks on request.
+ *
+ * Rules: it keeps no thread state of main between requests. Every wait for it
+ * has a deadline and looks whether the interpreter is finalizing; who gives up
+ * is never forked for (afk_pad_commit). It ends, with its interpreter, from
+ * threading._register_atexit(), before anything of Python is taken down. In a
+ * forked child it does not exist.
+ */
+#include "cpython/cpython.h"
+
+#include <errno.h>
+#include <pthread.h>
+#include <semaphore.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#define SLICE_NS 50000000 /* between two looks at Py_IsFinalizing() */
+
+enum { REQUESTED, RUNNING, COMMITTED, DONE, ABANDONED };
+
+/* Freed by whichever of caller and pad is the last to let go. */
+struct request {
+    atomic_int state;
+    atomic_int users;
+    sem_t done;
+    struct afk_pad_work work;
+    int result;
+    struct anyfork_error error;
+};
+
+struct pad {
+    pthread_t thread;
+    sem_t wake;
+    _Atomic(struct request *) request; /* taken by exchange, by pad or caller */
+    atomic_bool quit;
+    atomic_bool failed; /* its thread has returned, or is about to */
+};
+
+static pthread_mutex_t door = PTHREAD_MUTEX_INITIALIZER; /* one request at a time */
+static struct pad *pad;
+static atomic_bool registered; /* with threading._register_atexit() */
+static atomic_bool stopped;    /* by it: Python is shutting down */
+static _Thread_local struct request *serving;
+
+/* An import hook that is the proof: nothing that runs an event loop is ever
+ * imported in this interpreter. */
+static const char blocker[] =
+    "import sys\n"
+    "LOOPS = frozenset(('asyncio', 'trio', 'anyio', 'uvloop', 'curio', 'tornado',\n"
+    "                   'twisted', 'gevent', 'eventlet'))\n"
+    "class NoEventLoops:\n"
+    "    @staticmethod\n"
+    "    def find_spec(name, path=None, target=None):\n"
+    "        if name.partition('.')[0] in LOOPS:\n"
+    "            raise ImportError('the launch pad imports no event loop: ' + name)\n"
+    "        return None\n"
+    "present = LOOPS.intersection(sys.modules)\n"
+    "if present:\n"
+    "    raise ImportError('an event loop is imported at start-up: ' + ', '.join(sorted(present)))\n"
+    "sys.meta_path.insert(0, NoEventLoops)\n";
+
+static void
+drop_work(const struct afk_pad_work *work)
+{
+    if (work->free != NULL)
+        work->free(work->arg);
+}
+
+static void
+let_go(struct request *r)
+{
+    if (atomic_fetch_sub(&r->users, 1) != 1)
+        return;
+    (void)sem_destroy(&r->done);
+    drop_work(&r->work);
+    free(r);
+}
+
+static void
+wait_for(sem_t *sem)
+{
+    while (sem_wait(sem) < 0 && errno == EINTR)
+        ;
+}
+
+bool
+afk_pad_commit(void)
+{
+    int running = RUNNING;
+    return serving == NULL ||
+           atomic_compare_exchange_strong(&serving->state, &running, COMMITTED);
+}
+
+static void
+serve(struct request *r)
+{
+    int requested = REQUESTED;
+    if (atomic_compare_exchange_strong(&r->state, &requested, RUNNING)) {
+        serving = r;
+        r->result = r->work.job(r->work.arg, &r->error);
+        serving = NULL;
+        /* DONE unless the caller gave up meanwhile. */
+        int running = RUNNING, committed = COMMITTED;
+        if (!atomic_compare_exchange_strong(&r->state, &running, DONE))
+            (void)atomic_compare_exchange_strong(&r->state, &committed, DONE);
+        (void)sem_post(&r->done);
+    }
+    let_go(r);
+}
+
+/* The pad's interpreter; attached to it on success, detached on failure. */
+static PyThreadState *
+make_interpreter(struct anyfork_error *reterr)
+{
+    static const PyInterpreterConfig isolated = {
+        .use_main_obmalloc = 0,
+        .allow_fork = 0,
+        .allow_exec = 0,
+        .allow_threads = 1,
+        .allow_daemon_threads = 0,
+        .check_multi_interp_extensions = 1,
+        .gil = PyInterpreterConfig_OWN_GIL,
+    };
+    PyThreadState *ts = NULL;
+    PyThreadState *tm = AFK_ALLOC("PyThreadState_New", PyThreadState_New(PyInterpreterState_Main()));
+    if (tm == NULL) {
+        (void)AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_MEMORY, ENOMEM, "launch pad");
+        return NULL;
+    }
+    PyEval_RestoreThread(tm);
+    PyStatus status = Py_NewInterpreterFromConfig(&ts, &isolated);
+    bool made = !PyStatus_Exception(status) && ts != NULL;
+    if (made && PyRun_SimpleString(blocker) != 0) {
+        Py_EndInterpreter(ts);
+        ts = NULL;
+        (void)AFK_FAIL(reterr, ANYFORK_EUNAVAILABLE, ANYFORK_STAGE_PAD, 0,
+                       "an event loop is imported when an interpreter starts");
+        PyEval_RestoreThread(tm);
+    }
+    else if (!made) {
+        (void)AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_PAD, 0,
+                       status.err_msg ? status.err_msg : "cannot create an interpreter");
+    }
+    else {
+        (void)PyThreadState_Swap(tm);
+    }
+    PyThreadState_Clear(tm);
+    PyThreadState_DeleteCurrent();
+    if (ts != NULL)
+        PyEval_RestoreThread(ts);
+    return ts;
+}
+
+static int
+came_up(void *arg, struct anyfork_error *reterr)
+{
+    (void)arg;
+    (void)reterr;
+    return 0;
+}
+
+static void *
+pad_main(void *arg)
+{
+    struct pad *p = arg;
+    wait_for(&p->wake); /* the first request: answered when the pad is up */
+    struct request *first = atomic_exchange(&p->request, NULL);
+    PyThreadState *ts = make_interpreter(&first->error);
+    if (ts == NULL) {
+        int requested = REQUESTED;
+        first->result = first->error.code;
+        atomic_store(&p->failed, true);
+        if (atomic_compare_exchange_strong(&first->state, &requested, DONE))
+            (void)sem_post(&first->done);
+        let_go(first);
+        return NULL;
+    }
+    for (struct request *r = first;; r = atomic_exchange(&p->request, NULL)) {
+        if (r != NULL) /* NULL: an abandoned one was replaced */
+            serve(r);
+        (void)PyEval_SaveThread();
+        wait_for(&p->wake);
+        PyEval_RestoreThread(ts);
+        if (atomic_load(&p->quit))
+            break;
+    }
+    Py_EndInterpreter(ts);
+    return NULL;
+}
+
+static int
+start_thread(struct pad *p)
+{
+    sigset_t all, old;
+    (void)sem_init(&p->wake, 0, 0);
+    (void)sigfillset(&all);
+    (void)pthread_sigmask(SIG_SETMASK, &all, &old);
+    /* The default stack size: in the child the target runs on it. */
+    int r = AFK_SYS("pthread_create", pthread_create(&p->thread, NULL, pad_main, p));
+    (void)pthread_sigmask(SIG_SETMASK, &old, NULL);
+    return r < 0 ? -r : r;
+}
+
+static struct timespec
+realtime_after(int64_t ns)
+{
+    struct timespec t;
+    (void)clock_gettime(CLOCK_REALTIME, &t);
+    t.tv_sec += ns / 1000000000;
+    t.tv_nsec += ns % 1000000000;
+    if (t.tv_nsec >= 1000000000) {
+        t.tv_nsec -= 1000000000;
+        t.tv_sec++;
+    }
+    return t;
+}
+
+/* Waits with the GIL released. */
+static int
+await(struct request *r, int64_t deadline, struct anyfork_error *reterr)
+{
+    for (;;) {
+        int64_t now = afk_os_now_ns();
+        struct timespec until = realtime_after(SLICE_NS);
+        if (sem_timedwait(&r->done, &until) == 0) {
+            if (reterr != NULL)
+                *reterr = r->error;
+            return r->result;
+        }
+        bool finalizing = Py_IsFinalizing();
+        if (!finalizing && now < deadline)
+            continue;
+        int requested = REQUESTED, running = RUNNING;
+        if (atomic_compare_exchange_strong(&r->state, &requested, ABANDONED) ||
+            atomic_compare_exchange_strong(&r->state, &running, ABANDONED)) {
+            if (finalizing)
+                return AFK_FAIL(reterr, ANYFORK_EFINALIZING, ANYFORK_STAGE_PAD, 0,
+                                "can't fork at interpreter shutdown");
+            return AFK_FAIL(reterr, ANYFORK_ETIMEDOUT, ANYFORK_STAGE_PAD, ETIMEDOUT,
+                            "a lock that the caller holds may be wanted by a before-fork "
+                            "hook; use method fork");
+        }
+        /* COMMITTED: only fork(2) itself is left to wait for. */
+        deadline = now + (int64_t)1000000000;
+    }
+}
+
+static int
+ask(struct pad *p, const struct afk_pad_work *work, int64_t deadline, struct anyfork_error *reterr)
+{
+    struct request *r = AFK_ALLOC("calloc(request)", calloc(1, sizeof *r));
+    if (r == NULL) {
+        drop_work(work);
+        return AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_MEMORY, ENOMEM, "launch pad");
+    }
+    (void)sem_init(&r->done, 0, 0);
+    atomic_store(&r->users, 2);
+    r->work = *work;
+    struct request *unserved = atomic_exchange(&p->request, r);
+    if (unserved != NULL)
+        let_go(unserved); /* its caller gave up while the pad was busy */
+    (void)sem_post(&p->wake);
+    int result = await(r, deadline, reterr);
+    if (result >= 0 && work->collect != NULL)
+        work->collect(work->arg, work->collect_into);
+    let_go(r);
+    return result;
+}
+
+/* Called with main's GIL; Python ends the pad before it ends itself. */
+static int
+register_stop(struct anyfork_error *reterr)
+{
+    PyObject *ext = PyImport_ImportModule("anyfork._anyfork");
+    PyObject *stop = ext ? PyObject_GetAttrString(ext, "_pad_stop") : NULL;
+    PyObject *threading = stop ? PyImport_ImportModule("threading") : NULL;
+    PyObject *r = threading ? PyObject_CallMethod(threading, "_register_atexit", "O", stop) : NULL;
+    int result = 0;
+    if (r == NULL) {
+        bool late = PyErr_ExceptionMatches(PyExc_RuntimeError);
+        result = afk_fail_python(reterr, ANYFORK_STAGE_PAD, __LINE__, "launch pad");
+        if (late)
+            result = AFK_FAIL(reterr, ANYFORK_EFINALIZING, ANYFORK_STAGE_PAD, 0,
+                              "can't fork at interpreter shutdown");
+    }
+    Py_XDECREF(r);
+    Py_XDECREF(threading);
+    Py_XDECREF(stop);
+    Py_XDECREF(ext);
+    return result;
+}
+
+static void
+forget(struct pad *p)
+{
+    (void)sem_destroy(&p->wake);
+    free(p);
+    pad = NULL;
+}
+
+/* A pad that did not answer in time is in an unknown place (in a hook, waiting
+ * for a lock): it is left there, and serves again once it comes back. */
+static int
+bring_up(int64_t deadline, struct anyfork_error *reterr)
+{
+    if (pad != NULL && atomic_load(&pad->failed)) {
+        (void)pthread_join(pad->thread, NULL);
+        forget(pad);
+    }
+    if (pad != NULL)
+        return 0;
+    struct pad *p = AFK_ALLOC("calloc(pad)", calloc(1, sizeof *p));
+    if (p == NULL)
+        return AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_MEMORY, ENOMEM, "launch pad");
+    int errnum = start_thread(p);
+    if (errnum != 0) {
+        (void)sem_destroy(&p->wake);
+        free(p);
+        return AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_THREAD, errnum, "launch pad");
+    }
+    pad = p;
+    int r = ask(p, &(struct afk_pad_work){.job = came_up}, deadline, reterr);
+    if (r < 0 && (r == ANYFORK_ESYSTEM && !atomic_load(&p->failed))) {
+        /* The request itself could not be made: the thread still waits for it. */
+        atomic_store(&p->request, NULL);
+    }
+    return r;
+}
+
+static int
+run_with_door(const struct afk_pad_work *work, int64_t deadline, struct anyfork_error *reterr)
+{
+    int r = atomic_load(&stopped)
+                ? AFK_FAIL(reterr, ANYFORK_EFINALIZING, ANYFORK_STAGE_PAD, 0,
+                           "can't fork at interpreter shutdown")
+                : bring_up(deadline, reterr);
+    if (r < 0) {
+        drop_work(work);
+        return r;
+    }
+    return ask(pad, work, deadline, reterr);
+}
+
+int
+afk_pad_run(const struct afk_pad_work *work, int64_t timeout_ns, struct anyfork_error *reterr)
+{
+    int64_t deadline = afk_os_now_ns() + timeout_ns;
+
+    if (!atomic_load(&registered)) {
+        int r = register_stop(reterr);
+        if (r < 0) {
+            drop_work(work);
+            return r;
+        }
+        atomic_store(&registered, true);
+    }
+    struct timespec until = realtime_after(timeout_ns);
+    PyThreadState *ts = PyEval_SaveThread();
+    int result;
+    if (pthread_mutex_timedlock(&door, &until) != 0) {
+        drop_work(work);
+        result = AFK_FAIL(reterr, ANYFORK_ETIMEDOUT, ANYFORK_STAGE_PAD, ETIMEDOUT,
+                          "other starts are waiting for it");
+    }
+    else {
+        result = run_with_door(work, deadline, reterr);
+        (void)pthread_mutex_unlock(&door);
+    }
+    PyEval_RestoreThread(ts);
+    return result;
+}
+
+int
+afk_pad_stop(int64_t timeout_ns)
+{
+    struct timespec until = realtime_after(timeout_ns);
+    int r = 0;
+
+    atomic_store(&stopped, true);
+    PyThreadState *ts = PyEval_SaveThread();
+    if (pthread_mutex_timedlock(&door, &until) != 0) {
+        r = ANYFORK_ETIMEDOUT;
+    }
+    else {
+        if (pad != NULL) {
+            atomic_store(&pad->quit, true);
+            (void)sem_post(&pad->wake);
+            if (pthread_timedjoin_np(pad->thread, NULL, &until) == 0)
+                forget(pad);
+            else
+                r = ANYFORK_ETIMEDOUT; /* left alone: it waits in somebody's hook */
+        }
+        (void)pthread_mutex_unlock(&door);
+    }
+    PyEval_RestoreThread(ts);
+    return r;
+}
+
+/* Another Py_Initialize() after a Py_FinalizeEx(). */
+void
+afk_pad_begin(void)
+{
+    atomic_store(&registered, false);
+    atomic_store(&stopped, false);
+}
+
+bool
+afk_pad_is_running(void)
+{
+    return pad != NULL;
+}
+
+/* Async-signal-safe: stores only. The thread does not exist here. */
+static void
+in_forked_child(void)
+{
+    pad = NULL;
+    serving = NULL;
+    door = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
+}
+
+__attribute__((constructor)) static void
+loaded(void)
+{
+    afk_at_fork_child(in_forked_child);
+}

@@ -1,0 +1,155 @@
+/*
+ * How a worker comes to be: the narrator. Each layer returns before the next is
+ * called; the same lines serve every method, whose row says where its target
+ * runs and which thread forks.
+ */
+#include "cpython/cpython.h"
+#include "methods.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define PAD_TIMEOUT_NS ((int64_t)10 * 1000000000)
+
+/* On the thread that forks. */
+static int
+start_here(const struct afk_method *method, const struct afk_job *job,
+           struct anyfork_child **ret_child, struct anyfork_error *reterr)
+{
+    struct afk_forking f;
+    struct anyfork_child *child = NULL;
+    PyThreadState *from, *fresh;
+    PyObject *boot;
+    PyInterpreterState *target = method->target == AFK_TARGET_MAIN ? PyInterpreterState_Main()
+                                                                   : PyInterpreterState_Get();
+
+    afk_forking_init(&f, AFK_FORK_WORKER);
+    int r = afk_child_new(&child, &f.plan, reterr);
+    if (r < 0)
+        return r;
+    f.child = child;
+    f.plan.dispositions = AFK_DISPOSITIONS_DEFAULT;
+    f.plan.set_wakeup_fd = PySignal_SetWakeupFd;
+    f.plan.keep_mask = false; /* empty: a host's request threads block nearly all */
+
+    fresh = afk_hop_enter(target, &from);
+    if (fresh == NULL) {
+        r = AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_MEMORY, ENOMEM, "thread state");
+        goto out;
+    }
+    r = ANYFORK_EUNAVAILABLE;
+    boot = afk_boot_prepare(reterr);
+    if (boot != NULL) {
+        r = afk_fork_from(&f, reterr);
+        if (r == 0)
+            afk_boot_run(boot, job, &f); /* in the child; never returns */
+        Py_DECREF(boot);
+    }
+    afk_hop_leave(fresh, from);
+out:
+    if (r < 0) {
+        (void)afk_child_adopt(child, -1, &f.plan, NULL); /* the worker's ends */
+        anyfork_child_close(child);
+        return r;
+    }
+    *ret_child = child;
+    return 0;
+}
+
+struct pad_start {
+    const struct afk_method *method;
+    struct afk_job job;
+    struct anyfork_child *child;
+};
+
+static int
+start_on_pad(void *arg, struct anyfork_error *reterr)
+{
+    struct pad_start *start = arg;
+    return start_here(start->method, &start->job, &start->child, reterr);
+}
+
+static void
+take_child(void *arg, void *into)
+{
+    struct pad_start *start = arg;
+    *(struct anyfork_child **)into = start->child;
+    start->child = NULL;
+}
+
+/* The child of a start that nobody waits for any more ends with its handle. */
+static void
+free_pad_start(void *arg)
+{
+    struct pad_start *start = arg;
+    anyfork_child_close(start->child);
+    free(start);
+}
+
+int
+afk_start(const struct afk_method *method, const struct afk_job *job,
+          struct anyfork_child **ret_child, struct anyfork_error *reterr)
+{
+    bool in_main = PyInterpreterState_Get() == PyInterpreterState_Main();
+    int r = afk_check_caller(reterr);
+    if (r == 0)
+        r = afk_method_probe(method, reterr);
+    if (r < 0)
+        return r;
+    if (job->kind == AFK_JOB_CALLABLE && method->target == AFK_TARGET_MAIN && !in_main)
+        return AFK_FAIL(reterr, ANYFORK_EINVAL, ANYFORK_STAGE_ARGUMENT, 0,
+                        "callable: an object of a sub-interpreter cannot run in main");
+    if (method->pad == AFK_PAD_NONE || !in_main)
+        return start_here(method, job, ret_child, reterr);
+
+    struct pad_start *start = AFK_ALLOC("calloc(start)", calloc(1, sizeof *start));
+    if (start == NULL)
+        return AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_MEMORY, ENOMEM, "start");
+    start->method = method;
+    start->job = *job;
+    const struct afk_pad_work work = {.job = start_on_pad,
+                                      .arg = start,
+                                      .free = free_pad_start,
+                                      .collect = take_child,
+                                      .collect_into = ret_child};
+    return afk_pad_run(&work, PAD_TIMEOUT_NS, reterr);
+}
+
+int
+anyfork_spawn_c(const char *method, anyfork_main entry, void *arg,
+                struct anyfork_child **ret_child, struct anyfork_error *reterr)
+{
+    int r = afk_check_caller(reterr);
+    if (r < 0)
+        return r;
+    const struct afk_method *row = method ? afk_method_find(method) : NULL;
+    if (row == NULL)
+        return AFK_FAIL(reterr, ANYFORK_EINVAL, ANYFORK_STAGE_ARGUMENT, 0, "method: unknown name");
+    if (entry == NULL)
+        return AFK_FAIL(reterr, ANYFORK_EINVAL, ANYFORK_STAGE_ARGUMENT, 0, "entry: NULL");
+    if (ret_child == NULL)
+        return AFK_FAIL(reterr, ANYFORK_EINVAL, ANYFORK_STAGE_ARGUMENT, 0, "ret_child: NULL");
+    struct afk_job job = {.kind = AFK_JOB_C, .entry = entry, .arg = arg};
+    return afk_start(row, &job, ret_child, reterr);
+}
+
+int
+anyfork_spawn_callable(const char *method, PyObject *callable, PyObject *args,
+                       struct anyfork_child **ret_child, struct anyfork_error *reterr)
+{
+    int r = afk_check_caller(reterr);
+    if (r < 0)
+        return r;
+    const struct afk_method *row = method ? afk_method_find(method) : NULL;
+    if (row == NULL)
+        return AFK_FAIL(reterr, ANYFORK_EINVAL, ANYFORK_STAGE_ARGUMENT, 0, "method: unknown name");
+    if (callable == NULL || !PyCallable_Check(callable))
+        return AFK_FAIL(reterr, ANYFORK_EINVAL, ANYFORK_STAGE_ARGUMENT, 0, "callable: not callable");
+    if (args == NULL || !PyTuple_Check(args))
+        return AFK_FAIL(reterr, ANYFORK_EINVAL, ANYFORK_STAGE_ARGUMENT, 0, "args: not a tuple");
+    if (ret_child == NULL)
+        return AFK_FAIL(reterr, ANYFORK_EINVAL, ANYFORK_STAGE_ARGUMENT, 0, "ret_child: NULL");
+    struct afk_job job = {.kind = AFK_JOB_CALLABLE, .callable = callable, .args = args};
+    return afk_start(row, &job, ret_child, reterr);
+}

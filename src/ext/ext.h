@@ -1,0 +1,21 @@
+/* Glue between Python objects and the library; no logic. */
+#ifndef AFK_EXT_H
+#define AFK_EXT_H
+
+#include "cpython/cpython.h"
+
+struct ext_state {
+    PyObject *child_type;
+    bool finalizing;
+};
+struct ext_state *ext_state_of(PyObject *module);
+
+/* py_errors.c: sets the Python exception for `error`; returns NULL. */
+PyObject *ext_raise(const struct anyfork_error *error, const char *method);
+
+/* py_child.c */
+extern PyType_Spec ext_child_spec;
+/* Steals `child`; closes it on failure. */
+PyObject *ext_child_wrap(PyTypeObject *type, struct anyfork_child *child, const char *method);
+
+#endif

@@ -1,0 +1,354 @@
+/* The extension module anyfork._anyfork: glue, no logic. */
+#include "ext.h"
+
+#include <signal.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "methods.h"
+
+/* In a sub-interpreter, its last atexit callback; see python/anyfork/__init__.py. */
+static PyObject *
+ext_begin_finalizing(PyObject *module, PyObject *Py_UNUSED(args))
+{
+    ext_state_of(module)->finalizing = true;
+    Py_RETURN_NONE;
+}
+
+static int
+check_finalizing(PyObject *module)
+{
+    if (!ext_state_of(module)->finalizing)
+        return 0;
+    PyErr_SetString(PyExc_PythonFinalizationError, "can't fork at interpreter shutdown");
+    return -1;
+}
+
+struct ext_state *
+ext_state_of(PyObject *module)
+{
+    return PyModule_GetState(module);
+}
+
+/* os.fork() warns where threads may hold locks in the child; so do we. Our own
+ * helper threads hold none: not counted. */
+static long
+count_os_threads(void)
+{
+    char line[512];
+    long n = 0;
+    FILE *f = fopen("/proc/self/stat", "re");
+    if (f == NULL)
+        return 0;
+    if (fgets(line, sizeof line, f) != NULL) {
+        const char *p = strrchr(line, ')'); /* the name may hold anything */
+        for (int field = 2; p != NULL && field < 20; field++)
+            p = strchr(p + 1, ' ');
+        if (p != NULL)
+            (void)sscanf(p, " %ld", &n);
+    }
+    (void)fclose(f);
+    return n - (long)afk_holder_threads() - (afk_pad_is_running() ? 1 : 0);
+}
+
+static void
+warn_of_threads(const char *name)
+{
+    if (count_os_threads() > 1) {
+        (void)PyErr_WarnFormat(PyExc_DeprecationWarning, 1,
+                               "This process (pid=%d) is multi-threaded, use of %s() may lead to "
+                               "deadlocks in the child.",
+                               (int)getpid(), name);
+        PyErr_Clear(); /* the fork has happened */
+    }
+}
+
+static PyObject *
+ext_fork(PyObject *module, PyObject *Py_UNUSED(args))
+{
+    struct anyfork_error error;
+    if (check_finalizing(module) < 0 || PySys_Audit("os.fork", NULL) < 0)
+        return NULL;
+    pid_t pid = anyfork_fork(&error);
+    if (pid < 0)
+        return ext_raise(&error, "fork()");
+    if (pid > 0)
+        warn_of_threads("fork");
+    return PyLong_FromPid(pid);
+}
+
+static PyObject *
+ext_forkpty(PyObject *module, PyObject *Py_UNUSED(args))
+{
+    struct anyfork_error error;
+    int master = -1;
+    if (check_finalizing(module) < 0 || PySys_Audit("os.forkpty", NULL) < 0)
+        return NULL;
+    pid_t pid = anyfork_forkpty(&master, &error);
+    if (pid < 0)
+        return ext_raise(&error, "forkpty()");
+    if (pid > 0)
+        warn_of_threads("forkpty");
+    return Py_BuildValue("Ni", PyLong_FromPid(pid), master);
+}
+
+/* spawn(type, method, target, args): target is a callable, or bytes that
+ * _boot.load() understands. */
+static PyObject *
+ext_spawn(PyObject *module, PyObject *args)
+{
+    PyObject *type, *target, *target_args;
+    const char *name;
+    if (!PyArg_ParseTuple(args, "OsOO!", &type, &name, &target, &PyTuple_Type, &target_args))
+        return NULL;
+    const struct afk_method *method = afk_method_find(name);
+    if (method == NULL || !PyType_Check(type))
+        return PyErr_Format(PyExc_ValueError, "unknown spawn method: %s", name);
+    if (check_finalizing(module) < 0 || PySys_Audit("os.fork", NULL) < 0)
+        return NULL;
+    struct afk_job job = {.kind = AFK_JOB_CALLABLE, .callable = target, .args = target_args};
+    if (PyBytes_Check(target)) {
+        job.kind = AFK_JOB_PICKLE;
+        job.pickle = PyBytes_AS_STRING(target);
+        job.pickle_size = (size_t)PyBytes_GET_SIZE(target);
+    }
+    struct anyfork_child *child = NULL;
+    struct anyfork_error error;
+    if (afk_start(method, &job, &child, &error) < 0)
+        return ext_raise(&error, method->name);
+    return ext_child_wrap((PyTypeObject *)type, child, method->name);
+}
+
+static PyObject *
+ext_methods(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(args))
+{
+    PyObject *list = PyList_New(0);
+    for (unsigned i = 0; list != NULL && i < afk_n_methods; i++) {
+        const struct afk_method *m = &afk_methods[i];
+        struct anyfork_error error = {0};
+        int r = afk_method_probe(m, &error);
+        PyObject *row = Py_BuildValue("{s:s,s:s,s:s,s:s,s:s,s:O,s:z}", "name", m->name, "summary",
+                                      m->summary, "runs_in", m->runs_in, "memory", m->memory,
+                                      "may_wait_for", m->may_wait_for, "available",
+                                      r == 0 ? Py_True : Py_False, "reason",
+                                      r == 0 ? NULL : error.detail);
+        if (row == NULL || PyList_Append(list, row) < 0)
+            Py_CLEAR(list);
+        Py_XDECREF(row);
+    }
+    return list;
+}
+
+static PyObject *
+ext_check_fork(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(args))
+{
+    struct anyfork_error error;
+    bool in_main = PyInterpreterState_Get() == PyInterpreterState_Main();
+    int r = in_main ? afk_layout_require(AFK_FEATURE_HOP, &error) : anyfork_check_twin(&error);
+    if (r < 0)
+        return ext_raise(&error, "fork()");
+    Py_RETURN_NONE;
+}
+
+static PyObject *
+ext_in_main(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(args))
+{
+    return PyBool_FromLong(PyInterpreterState_Get() == PyInterpreterState_Main());
+}
+
+static PyObject *
+layout_dict(const struct afk_layout *lo)
+{
+    static const char *const states[] = {"unknown", "ready", "refused"};
+    PyObject *dict = PyDict_New();
+    for (int f = 0; dict != NULL && f < AFK_FEATURE_COUNT; f++) {
+        PyObject *pair = Py_BuildValue("ss", states[lo->state[f]], lo->why[f]);
+        if (pair == NULL || PyDict_SetItemString(dict, afk_feature_name((enum afk_feature)f), pair) < 0)
+            Py_CLEAR(dict);
+        Py_XDECREF(pair);
+    }
+    return dict;
+}
+
+static PyObject *
+ext_layout(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(args))
+{
+    return layout_dict(afk_layout());
+}
+
+/* For tests: what would be found with this table, version and debug flag? */
+static PyObject *
+ext_layout_doctored(PyObject *Py_UNUSED(module), PyObject *args)
+{
+    struct afk_layout_source source;
+    struct afk_layout found;
+    Py_buffer table = {0};
+    int debug;
+    if (!PyArg_ParseTuple(args, "y*kp", &table, &source.version_hex, &debug))
+        return NULL;
+    source.debug = debug;
+    source.table = table.buf;
+    source.table_size = (size_t)table.len;
+    afk_layout_discover(&source, &found);
+    PyBuffer_Release(&table);
+    return layout_dict(&found);
+}
+
+/* For tests: the true table, to be doctored. */
+static PyObject *
+ext_layout_table(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(args))
+{
+    struct afk_layout_source source;
+    afk_layout_source_here(&source);
+    return Py_BuildValue("y#kO", source.table, (Py_ssize_t)source.table_size, source.version_hex,
+                         source.debug ? Py_True : Py_False);
+}
+
+/* Counts for tests and doctor; racy by nature. */
+static PyObject *
+ext_runtime(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(args))
+{
+    int interpreters = 0, in_main = 0, own = 0, main_tstate_alive = 0;
+    const struct afk_layout *lo = afk_layout();
+    PyInterpreterState *me = PyInterpreterState_Get(), *main = PyInterpreterState_Main();
+    if (lo->state[AFK_FEATURE_HOP] != AFK_READY)
+        Py_RETURN_NONE;
+    afk_head_lock(lo);
+    for (PyInterpreterState *i = PyInterpreterState_Head(); i; i = *afk_interp_next(lo, i))
+        interpreters++;
+    for (PyThreadState *t = *afk_interp_threads(lo, main); t; t = t->next) {
+        in_main++;
+        main_tstate_alive |= t == *afk_runtime_main_tstate(lo);
+    }
+    for (PyThreadState *t = *afk_interp_threads(lo, me); t; t = t->next)
+        own++;
+    afk_head_unlock(lo);
+    return Py_BuildValue("{s:i,s:i,s:i,s:O,s:i,s:O,s:O,s:i,s:O,s:L}", "interpreters", interpreters,
+                         "main_thread_states", in_main, "own_thread_states", own,
+                         "main_tstate_alive", main_tstate_alive ? Py_True : Py_False,
+                         "gilstate_check", PyGILState_Check(), "in_main",
+                         me == main ? Py_True : Py_False, "own_gil",
+                         lo->state[AFK_FEATURE_TWIN] == AFK_READY &&
+                                 afk_interp_has_own_gil(lo, me) == 1 && me != main
+                             ? Py_True
+                             : Py_False,
+                         "holder_threads", (int)afk_holder_threads(), "pad",
+                         afk_pad_is_running() ? Py_True : Py_False, "interpreter",
+                         (long long)PyInterpreterState_GetID(me));
+}
+
+static PyObject *
+ext_pad_stop(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(args))
+{
+    (void)afk_pad_stop((int64_t)5 * 1000000000);
+    Py_RETURN_NONE;
+}
+
+static PyObject *
+ext_set_package_parent(PyObject *Py_UNUSED(module), PyObject *dir)
+{
+    PyObject *bytes;
+    if (!PyUnicode_FSConverter(dir, &bytes))
+        return NULL;
+    afk_boot_set_package_parent(PyBytes_AS_STRING(bytes));
+    Py_DECREF(bytes);
+    Py_RETURN_NONE;
+}
+
+#ifdef AFK_FAULTS
+static PyObject *
+ext_fault_arm(PyObject *Py_UNUSED(module), PyObject *args)
+{
+    unsigned nth;
+    int errnum, for_good;
+    if (!PyArg_ParseTuple(args, "Iip", &nth, &errnum, &for_good))
+        return NULL;
+    afk_fault_arm(nth, errnum, for_good);
+    Py_RETURN_NONE;
+}
+
+static PyObject *
+ext_fault_report(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(args))
+{
+    return Py_BuildValue("IIz", afk_fault_hits(), afk_fault_points(), afk_fault_last());
+}
+#endif
+
+static PyMethodDef functions[] = {
+    {"fork", ext_fork, METH_NOARGS,
+     "fork()\n--\n\nFork; returns 0 in the child and its pid in the parent, in any interpreter."},
+    {"forkpty", ext_forkpty, METH_NOARGS,
+     "forkpty()\n--\n\nFork with a new pseudo-terminal; returns (pid, master fd)."},
+    {"spawn", ext_spawn, METH_VARARGS, NULL},
+    {"methods", ext_methods, METH_NOARGS, NULL},
+    {"check_fork", ext_check_fork, METH_NOARGS, NULL},
+    {"layout", ext_layout, METH_NOARGS, NULL},
+    {"runtime", ext_runtime, METH_NOARGS, NULL},
+    {"_layout_doctored", ext_layout_doctored, METH_VARARGS, NULL},
+    {"_layout_table", ext_layout_table, METH_NOARGS, NULL},
+    {"in_main", ext_in_main, METH_NOARGS, NULL},
+    {"_begin_finalizing", ext_begin_finalizing, METH_NOARGS, NULL},
+    {"_pad_stop", ext_pad_stop, METH_NOARGS, NULL},
+    {"_set_package_parent", ext_set_package_parent, METH_O, NULL},
+#ifdef AFK_FAULTS
+    {"_fault_arm", ext_fault_arm, METH_VARARGS, NULL},
+    {"_fault_report", ext_fault_report, METH_NOARGS, NULL},
+#endif
+    {NULL, NULL, 0, NULL},
+};
+
+static int
+ext_exec(PyObject *module)
+{
+    struct ext_state *state = ext_state_of(module);
+    if (PyInterpreterState_Get() == PyInterpreterState_Main())
+        afk_pad_begin();
+    state->child_type = PyType_FromModuleAndSpec(module, &ext_child_spec, NULL);
+    if (state->child_type == NULL ||
+        PyModule_AddObjectRef(module, "Child", state->child_type) < 0)
+        return -1;
+#ifdef AFK_FAULTS
+    PyObject *faults = Py_True;
+#else
+    PyObject *faults = Py_False;
+#endif
+    return PyModule_AddObjectRef(module, "FAULTS", faults);
+}
+
+static int
+ext_traverse(PyObject *module, visitproc visit, void *arg)
+{
+    Py_VISIT(ext_state_of(module)->child_type);
+    return 0;
+}
+
+static int
+ext_clear(PyObject *module)
+{
+    Py_CLEAR(ext_state_of(module)->child_type);
+    return 0;
+}
+
+static PyModuleDef_Slot slots[] = {
+    {Py_mod_exec, (void *)ext_exec},
+    {Py_mod_multiple_interpreters, Py_MOD_PER_INTERPRETER_GIL_SUPPORTED},
+#ifdef Py_GIL_DISABLED
+    {Py_mod_gil, Py_MOD_GIL_NOT_USED},
+#endif
+    {0, NULL},
+};
+static struct PyModuleDef module_def = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "_anyfork",
+    .m_size = sizeof(struct ext_state),
+    .m_methods = functions,
+    .m_slots = slots,
+    .m_traverse = ext_traverse,
+    .m_clear = ext_clear,
+};
+
+PyMODINIT_FUNC
+PyInit__anyfork(void)
+{
+    return PyModuleDef_Init(&module_def);
+}

@@ -1,0 +1,298 @@
+/* The heap type _anyfork.Child over a worker's handle. */
+#include "ext.h"
+
+#include <errno.h>
+#include <math.h>
+
+struct child_object {
+    PyObject_HEAD
+    struct anyfork_child *child; /* NULL once closed */
+    const char *method;          /* static string of the table */
+    struct afk_child_view last;  /* what was known when it was closed */
+};
+
+PyObject *
+ext_child_wrap(PyTypeObject *type, struct anyfork_child *child, const char *method)
+{
+    struct child_object *self = (struct child_object *)type->tp_alloc(type, 0);
+    if (self == NULL) {
+        anyfork_child_close(child);
+        return NULL;
+    }
+    self->child = child;
+    self->method = method;
+    return (PyObject *)self;
+}
+
+static void
+view(struct child_object *self, struct afk_child_view *ret)
+{
+    if (self->child != NULL)
+        afk_child_view(self->child, ret);
+    else
+        *ret = self->last;
+}
+
+static void
+close_handle(struct child_object *self)
+{
+    struct anyfork_child *child = self->child;
+    if (child == NULL)
+        return;
+    self->child = NULL; /* first: another thread may look while we wait */
+    afk_child_view(child, &self->last);
+    self->last.pidfd = self->last.status_fd = -1;
+    self->last.payload = NULL;
+    self->last.outcome = 0;
+    Py_BEGIN_ALLOW_THREADS
+    anyfork_child_close(child); /* kills and reaps what still runs */
+    Py_END_ALLOW_THREADS
+}
+
+static void
+child_dealloc(PyObject *op)
+{
+    PyTypeObject *type = Py_TYPE(op);
+    if (PyObject_CallFinalizerFromDealloc(op) < 0)
+        return;
+    PyObject_GC_UnTrack(op);
+    PyObject *exc = PyErr_GetRaisedException();
+    close_handle((struct child_object *)op);
+    PyErr_SetRaisedException(exc);
+    type->tp_free(op);
+    Py_DECREF(type);
+}
+
+static int
+child_traverse(PyObject *op, visitproc visit, void *arg)
+{
+    Py_VISIT(Py_TYPE(op));
+    return 0;
+}
+
+static int
+open_or_raise(struct child_object *self)
+{
+    if (self->child == NULL) {
+        PyErr_SetString(PyExc_ValueError, "the handle of this worker is closed");
+        return -1;
+    }
+    return 0;
+}
+
+static PyObject *
+raise_code(struct child_object *self, int code, int stage, int errnum, const char *detail)
+{
+    struct anyfork_error error;
+    (void)afk_fail(&error, code, stage, errnum, 0, detail);
+    return ext_raise(&error, self->method);
+}
+
+static PyObject *
+foreign(struct child_object *self)
+{
+    return raise_code(self, ANYFORK_EFOREIGN, ANYFORK_STAGE_WAIT, 0,
+                      "this worker belongs to the process that this one was forked from");
+}
+
+/* seconds or None -> nanoseconds or -1. */
+static int
+timeout_ns(PyObject *timeout, int64_t *ret)
+{
+    *ret = -1;
+    if (timeout == Py_None)
+        return 0;
+    double seconds = PyFloat_AsDouble(timeout);
+    if (seconds == -1.0 && PyErr_Occurred())
+        return -1;
+    if (isnan(seconds)) {
+        PyErr_SetString(PyExc_ValueError, "timeout: not a number");
+        return -1;
+    }
+    if (seconds < 0)
+        seconds = 0;
+    if (seconds < 9e9)
+        *ret = (int64_t)(seconds * 1e9);
+    return 0;
+}
+
+/* _wait(until_ended: bool, timeout) -> bool: false if the time has passed. */
+static PyObject *
+child_wait(PyObject *op, PyObject *args)
+{
+    struct child_object *self = (struct child_object *)op;
+    int ended, r;
+    PyObject *timeout;
+    int64_t ns;
+
+    if (!PyArg_ParseTuple(args, "pO", &ended, &timeout) || timeout_ns(timeout, &ns) < 0)
+        return NULL;
+    if (self->child == NULL) {
+        if (self->last.ended)
+            Py_RETURN_TRUE;
+        (void)open_or_raise(self);
+        return NULL;
+    }
+    enum afk_until until = ended ? AFK_UNTIL_ENDED : AFK_UNTIL_READY;
+    int64_t deadline = ns < 0 ? -1 : afk_os_now_ns() + ns;
+    for (;;) {
+        if (deadline >= 0) {
+            ns = deadline - afk_os_now_ns();
+            if (ns < 0)
+                ns = 0;
+        }
+        if (open_or_raise(self) < 0)
+            return NULL;
+        struct anyfork_child *child = self->child;
+        Py_BEGIN_ALLOW_THREADS
+        r = afk_child_wait_step(child, until, ns);
+        Py_END_ALLOW_THREADS
+        if (r != -EINTR)
+            break;
+        if (PyErr_CheckSignals() < 0)
+            return NULL;
+    }
+    if (r == ANYFORK_EFOREIGN)
+        return foreign(self);
+    return PyBool_FromLong(r == 0);
+}
+
+static PyObject *
+child_poll(PyObject *op, PyObject *Py_UNUSED(args))
+{
+    struct child_object *self = (struct child_object *)op;
+    if (self->child == NULL)
+        return PyBool_FromLong(self->last.ended);
+    int r = afk_child_poll(self->child);
+    if (r == ANYFORK_EFOREIGN)
+        return foreign(self);
+    return PyBool_FromLong(r == 1);
+}
+
+static PyObject *
+child_signal(PyObject *op, PyObject *arg)
+{
+    struct child_object *self = (struct child_object *)op;
+    int sig = PyLong_AsInt(arg);
+    if (sig == -1 && PyErr_Occurred())
+        return NULL;
+    if (sig < 0 || sig >= NSIG)
+        return PyErr_Format(PyExc_ValueError, "signal: %d is not a signal number", sig);
+    if (self->child == NULL) {
+        if (self->last.ended)
+            Py_RETURN_NONE;
+        (void)open_or_raise(self);
+        return NULL;
+    }
+    int r = anyfork_child_signal(self->child, sig);
+    if (r == ANYFORK_EFOREIGN)
+        return foreign(self);
+    if (r < 0)
+        return raise_code(self, ANYFORK_ESYSTEM, ANYFORK_STAGE_SIGNAL, errno, NULL);
+    Py_RETURN_NONE;
+}
+
+static PyObject *
+child_close(PyObject *op, PyObject *Py_UNUSED(args))
+{
+    close_handle((struct child_object *)op);
+    Py_RETURN_NONE;
+}
+
+/* _outcome() -> (kind, payload or None): what the worker sent. */
+static PyObject *
+child_outcome(PyObject *op, PyObject *Py_UNUSED(args))
+{
+    struct afk_child_view v;
+    view((struct child_object *)op, &v);
+    if (v.outcome == 0)
+        return Py_BuildValue("iO", 0, Py_None);
+    return Py_BuildValue("iy#", v.outcome, v.payload ? v.payload : "", (Py_ssize_t)v.payload_size);
+}
+
+/* _error() -> (stage, errno, detail), or None if the worker reported none. */
+static PyObject *
+child_error(PyObject *op, PyObject *Py_UNUSED(args))
+{
+    struct afk_child_view v;
+    view((struct child_object *)op, &v);
+    if (v.error.kind == 0)
+        Py_RETURN_NONE;
+    return Py_BuildValue("sis", anyfork_stage_name(v.error.stage), v.error.sys_errno, v.error.detail);
+}
+
+static PyObject *
+get_status(PyObject *op, void *Py_UNUSED(closure))
+{
+    struct afk_child_view v;
+    view((struct child_object *)op, &v);
+    if (!v.ended || v.status_from == AFK_STATUS_LOST)
+        Py_RETURN_NONE;
+    return PyLong_FromLong(v.status);
+}
+
+static PyObject *
+get_status_from(PyObject *op, void *Py_UNUSED(closure))
+{
+    static const char *const names[] = {"running", "report", "wait", "pidfd", "lost"};
+    struct afk_child_view v;
+    view((struct child_object *)op, &v);
+    return PyUnicode_FromString(names[v.status_from]);
+}
+
+#define GETTER(name, expression)                                        \
+    static PyObject *get_##name(PyObject *op, void *Py_UNUSED(closure)) \
+    {                                                                   \
+        struct child_object *self = (struct child_object *)op;          \
+        struct afk_child_view v;                                        \
+        view(self, &v);                                                 \
+        return expression;                                              \
+    }
+GETTER(pid, PyLong_FromLong(v.pid))
+GETTER(pidfd, PyLong_FromLong(v.pidfd))
+GETTER(report_fd, PyLong_FromLong(v.status_fd))
+GETTER(is_ready, PyBool_FromLong(v.ready))
+GETTER(has_ended, PyBool_FromLong(v.ended))
+GETTER(is_foreign, PyBool_FromLong(v.foreign))
+GETTER(read_errno, PyLong_FromLong(v.read_errno))
+GETTER(is_closed, PyBool_FromLong(self->child == NULL))
+GETTER(method, PyUnicode_FromString(self->method))
+
+static PyMethodDef child_methods[] = {
+    {"_wait", child_wait, METH_VARARGS, NULL},
+    {"_poll", child_poll, METH_NOARGS, NULL},
+    {"_outcome", child_outcome, METH_NOARGS, NULL},
+    {"_error", child_error, METH_NOARGS, NULL},
+    {"signal", child_signal, METH_O, "Send a signal; by pidfd, so never to another process."},
+    {"close", child_close, METH_NOARGS, "Kill the worker if it runs, reap it, close its fds."},
+    {NULL, NULL, 0, NULL},
+};
+static PyGetSetDef child_getset[] = {
+    {"pid", get_pid, NULL, "Process id.", NULL},
+    {"pidfd", get_pidfd, NULL, "Readable once the worker has ended; -1 after close().", NULL},
+    {"report_fd", get_report_fd, NULL, "Readable when the worker has reported; -1 when it has no more.", NULL},
+    {"method", get_method, NULL, "Name of the spawn method.", NULL},
+    {"_ready", get_is_ready, NULL, NULL, NULL},
+    {"_ended", get_has_ended, NULL, NULL, NULL},
+    {"_foreign", get_is_foreign, NULL, NULL, NULL},
+    {"_closed", get_is_closed, NULL, NULL, NULL},
+    {"_read_errno", get_read_errno, NULL, NULL, NULL},
+    {"_status", get_status, NULL, NULL, NULL},
+    {"_status_from", get_status_from, NULL, NULL, NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+static PyType_Slot child_slots[] = {
+    {Py_tp_dealloc, child_dealloc},
+    {Py_tp_traverse, child_traverse},
+    {Py_tp_methods, child_methods},
+    {Py_tp_getset, child_getset},
+    {Py_tp_doc, "A worker process, by its handle. Made by anyfork.spawn()."},
+    {0, NULL},
+};
+PyType_Spec ext_child_spec = {
+    .name = "anyfork._anyfork.Child",
+    .basicsize = sizeof(struct child_object),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC |
+             Py_TPFLAGS_DISALLOW_INSTANTIATION | Py_TPFLAGS_IMMUTABLETYPE,
+    .slots = child_slots,
+};
