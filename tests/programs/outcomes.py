@@ -1,0 +1,58 @@
+"""What the programs do with the processes that they start: wait, with a bound."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+LIMIT = 60.0  # seconds that a child may take, on a machine under load
+
+
+def wait(pid: int, limit: float = LIMIT) -> int | None:
+    """The exit code of a child, negative for a signal; None if it hung and was killed."""
+    pidfd = os.pidfd_open(pid)
+    try:
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        hung = not poll.poll(limit * 1000)
+    finally:
+        os.close(pidfd)
+    if hung:
+        os.kill(pid, signal.SIGKILL)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return None if hung else code
+
+
+def in_child(fork: Callable[[], int], work: Callable[[], object], limit: float = LIMIT) -> int | None:
+    """Fork; the child calls work() and ends with 0, or shows the error and ends with 1."""
+    pid = fork()
+    if pid == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+        finally:
+            try:
+                sys.stderr.flush()
+            finally:
+                os._exit(code)
+    return wait(pid, limit)
+
+
+def tell(value: Any) -> None:
+    """Write one line of JSON, at once and whole, whatever streams are left."""
+    os.write(1, (json.dumps(value) + "\n").encode())
+
+
+def leave(code: int = 0) -> None:
+    """End the program without finalizing: 3.13.18 would abort, see known_outcomes.py."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
