@@ -1,0 +1,123 @@
+/* Every system call and allocation of a worker's start, use and end, made to fail
+ * in turn: once, and for good. Compiled with AFK_FAULTS. */
+#include "harness.h"
+
+#include <errno.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#define POINTS_MAX 200
+
+static unsigned total_hits;
+
+static int
+child_body(const struct afk_plan *plan)
+{
+    send_record(plan->status_fd, AFK_REPORT_READY, 0, NULL, 0);
+    send_record(plan->status_fd, AFK_REPORT_RESULT, 0, "result", 6);
+    send_record(plan->status_fd, AFK_REPORT_EXIT, 0, NULL, 0);
+    return 0;
+}
+
+/* 0 with the right result, or the error. Faults do not reach into the child. */
+static int
+whole_life(struct anyfork_error *error)
+{
+    struct anyfork_child *child = NULL;
+    struct afk_plan plan;
+    struct afk_child_view view;
+    int status = -1;
+
+    memset(error, 0, sizeof *error);
+    afk_plan_init(&plan);
+    int r = afk_child_new(&child, &plan, error);
+    if (r < 0)
+        return r;
+    plan.dispositions = AFK_DISPOSITIONS_DEFAULT;
+    plan.keep_mask = false;
+    pid_t pid = afk_fork(&plan);
+    if (pid == 0) {
+        afk_fault_arm(0, 0, false);
+        _exit(child_body(&plan));
+    }
+    r = afk_child_adopt(child, pid, &plan, error);
+    if (pid < 0)
+        r = AFK_FAIL(error, ANYFORK_ESYSTEM, ANYFORK_STAGE_FORK, -pid, NULL);
+    if (r == 0) {
+        r = anyfork_child_wait(child, WAIT_NS, &status);
+        afk_child_view(child, &view);
+        if (r == 0) {
+            assert_int_equal(status, 0);
+            if (view.outcome == AFK_REPORT_RESULT)
+                assert_memory_equal(view.payload, "result", 6);
+            else /* the result is lost, and it says so */
+                assert_int_not_equal(view.read_errno, 0);
+        }
+        else {
+            assert_int_equal(r, ANYFORK_EREAPED);
+            (void)AFK_FAIL(error, r, ANYFORK_STAGE_WAIT, afk_fault_errno, NULL);
+        }
+    }
+    anyfork_child_close(child);
+    return r;
+}
+
+static void
+every_point(int errnum, bool for_good)
+{
+    struct anyfork_error error;
+    int before = count_fds();
+    for (unsigned nth = 1; nth < POINTS_MAX; nth++) {
+        afk_fault_arm(nth, errnum, for_good);
+        int r = whole_life(&error);
+        unsigned hits = afk_fault_hits();
+        afk_fault_arm(0, 0, false);
+        total_hits += hits;
+        assert_int_equal(count_fds(), before);
+        errno = 0;
+        assert_int_equal(waitpid(-1, NULL, WNOHANG), -1);
+        assert_int_equal(errno, ECHILD);
+        if (r < 0 && r != ANYFORK_EREAPED) {
+            assert_true(hits > 0);
+            assert_int_equal(r, ANYFORK_ESYSTEM);
+            assert_int_equal(error.sys_errno, error.stage == ANYFORK_STAGE_MEMORY ? ENOMEM : errnum);
+            assert_int_not_equal(error.stage, ANYFORK_STAGE_NONE);
+        }
+        if (hits == 0) {
+            assert_int_equal(r, 0);
+            assert_true(nth > 5);
+            return;
+        }
+    }
+    fail_msg("still failing after %d points", POINTS_MAX);
+}
+
+static void
+test_once(void **state)
+{
+    (void)state;
+    every_point(EMFILE, false);
+    every_point(EAGAIN, false);
+    every_point(ENOMEM, false);
+}
+
+static void
+test_for_good(void **state)
+{
+    (void)state;
+    every_point(EMFILE, true);
+    every_point(EAGAIN, true);
+    every_point(ENOMEM, true);
+}
+
+int
+main(void)
+{
+    const struct CMUnitTest tests[] = {CHECKED(test_once), CHECKED(test_for_good)};
+    int failed = cmocka_run_group_tests(tests, NULL, NULL);
+    print_message("%u faults hit\n", total_hits);
+    return failed != 0 || total_hits == 0;
+}
