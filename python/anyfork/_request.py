@@ -10,19 +10,19 @@ from . import _anyfork
 from ._child import Child
 
 
-def _names() -> list[str]:
-    return [row["name"] for row in _anyfork.methods()]
+# The table is fixed when the library is built.
+_NAMES: tuple[str, ...] = _anyfork.method_names()
 
 
 def _check(fn: object, method: object) -> str:
     if not callable(fn):
         raise TypeError(f"the target must be callable, not {type(fn).__name__}: {fn!r}")
     if method is None:
-        raise TypeError(f"method is required: one of {', '.join(_names())}")
+        raise TypeError(f"method is required: one of {', '.join(_NAMES)}")
     if not isinstance(method, str):
         raise TypeError(f"method must be a str, not {type(method).__name__}")
-    if method not in _names():
-        raise ValueError(f"unknown spawn method {method!r}; known are: {', '.join(_names())}")
+    if method not in _NAMES:
+        raise ValueError(f"unknown spawn method {method!r}; known are: {', '.join(_NAMES)}")
     return method
 
 

@@ -168,27 +168,30 @@ fail:
 
 /* ---- reading reports ------------------------------------------------------ */
 
-static void
+/* False for a record that no worker of ours sends: a second outcome. It must not
+ * replace the first, whose payload a caller may be looking at. */
+static bool
 take_record(struct anyfork_child *child)
 {
     const struct afk_report *r = &child->partial;
     switch (r->kind) {
     case AFK_REPORT_READY:
         child->ready = true;
-        break;
+        return true;
     case AFK_REPORT_EXIT:
         child->has_exit_report = true;
         child->exit_report = (r->value & 0xff) << 8;
-        break;
+        return true;
     default:
+        if (child->outcome != 0)
+            return false;
         if (r->kind == AFK_REPORT_ERROR)
             child->error = *r;
         child->outcome = r->kind;
         child->payload_size = r->payload_bytes;
         child->payload_have = 0;
-        free(child->payload);
         child->payload = r->payload_bytes ? malloc(r->payload_bytes) : NULL;
-        break;
+        return true;
     }
 }
 
@@ -238,11 +241,10 @@ drain(struct anyfork_child *child)
         child->partial_have += (size_t)n;
         if (child->partial_have == sizeof child->partial) {
             child->partial_have = 0;
-            if (afk_report_check(&child->partial) < 0) {
+            if (afk_report_check(&child->partial) < 0 || !take_record(child)) {
                 end_of_reports(child); /* user code wrote into our pipe */
                 return;
             }
-            take_record(child);
         }
     }
 }

@@ -25,7 +25,15 @@ afk_boot_set_package_parent(const char *dir)
 PyObject *
 afk_boot_prepare(struct anyfork_error *reterr)
 {
-    PyObject *boot = PyImport_ImportModule("anyfork._boot");
+    /* Almost always there already: PyImport_ImportModule() looks at much more. */
+    PyObject *name = PyUnicode_FromString("anyfork._boot");
+    PyObject *boot = name ? PyImport_GetModule(name) : NULL;
+    Py_XDECREF(name);
+    if (boot != NULL && PyObject_HasAttrString(boot, "finish")) /* whole, not half-imported */
+        return boot;
+    Py_XDECREF(boot);
+    PyErr_Clear();
+    boot = PyImport_ImportModule("anyfork._boot");
     if (boot == NULL && PyErr_ExceptionMatches(PyExc_ModuleNotFoundError) &&
         package_parent != NULL) {
         /* The caller's interpreter has the package on a path of its own. */

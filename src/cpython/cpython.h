@@ -41,6 +41,7 @@ struct afk_layout {
     size_t gil_locked;       /* within the GIL */
     size_t gil_holder;
     size_t frame_previous;
+    bool interval_known;     /* gil.interval, before gil.last_holder, was proved */
 };
 
 /* Where the table comes from; doctored in tests. */
@@ -78,9 +79,10 @@ int afk_interp_has_own_gil(const struct afk_layout *lo, PyInterpreterState *inte
 bool afk_head_is_locked(const struct afk_layout *lo);
 void afk_head_lock(const struct afk_layout *lo);
 void afk_head_unlock(const struct afk_layout *lo);
-/* Drops a request to give the GIL away: the switch is only put off, until after
- * the fork, as during os.fork(), which never lets the GIL go. */
-void afk_keep_gil(PyThreadState *ts);
+/* PyEval_RestoreThread(), and PyThreadState_Swap() to `to`, without the delay of a
+ * switch interval behind each busy thread. */
+void afk_attach(PyThreadState *ts);
+void afk_swap(PyThreadState *to);
 /* 1: a frame of ts lies on this thread's C stack; 0: it does not, -1: ts has no
  * frames, or none can be followed. */
 int afk_runs_on_this_stack(const struct afk_layout *lo, PyThreadState *ts);

@@ -9,6 +9,7 @@
 
 #include <errno.h>
 #include <pthread.h>
+#include <sched.h>
 #include <semaphore.h>
 #include <signal.h>
 #include <stdatomic.h>
@@ -20,6 +21,7 @@ enum { EMPTY, IDLE, BUSY };
 
 struct afk_holder {
     atomic_int state;
+    pthread_t thread;
     sem_t take, taken, release;
     PyInterpreterState *interp;
     int result;
@@ -32,6 +34,22 @@ wait_for(sem_t *sem)
 {
     while (sem_wait(sem) < 0 && errno == EINTR)
         ;
+}
+
+/* Wakes the thread on this CPU, which we are about to leave idle by waiting for
+ * it. Woken where it slept it would queue behind the new child, for a
+ * millisecond. */
+static void
+wake_here(struct afk_holder *h, sem_t *sem)
+{
+    int cpu = sched_getcpu();
+    cpu_set_t here;
+    CPU_ZERO(&here);
+    if (cpu >= 0 && cpu < CPU_SETSIZE) {
+        CPU_SET(cpu, &here);
+        (void)pthread_setaffinity_np(h->thread, sizeof here, &here);
+    }
+    (void)sem_post(sem);
 }
 
 static void *
@@ -64,7 +82,6 @@ static int
 start_thread(struct afk_holder *h)
 {
     pthread_attr_t attr;
-    pthread_t thread;
     sigset_t all, old;
 
     (void)sem_init(&h->take, 0, 0);
@@ -79,7 +96,7 @@ start_thread(struct afk_holder *h)
     /* The host's signals are not for this thread. */
     (void)sigfillset(&all);
     (void)pthread_sigmask(SIG_SETMASK, &all, &old);
-    r = AFK_SYS("pthread_create", pthread_create(&thread, &attr, holder_main, h));
+    r = AFK_SYS("pthread_create", pthread_create(&h->thread, &attr, holder_main, h));
     if (r < 0)
         r = -r;
     (void)pthread_sigmask(SIG_SETMASK, &old, NULL);
@@ -115,7 +132,7 @@ int
 afk_holder_take(struct afk_holder *h, PyInterpreterState *interp)
 {
     h->interp = interp;
-    (void)sem_post(&h->take);
+    wake_here(h, &h->take);
     wait_for(&h->taken);
     return h->result;
 }
@@ -126,7 +143,7 @@ afk_holder_release(struct afk_holder *h)
     if (h == NULL)
         return;
     if (h->interp != NULL)
-        (void)sem_post(&h->release);
+        wake_here(h, &h->release);
     else
         (void)sem_post(&h->take);
 }

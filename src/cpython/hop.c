@@ -18,9 +18,7 @@ afk_hop_enter(PyInterpreterState *interp, PyThreadState **ret_from)
     PyThreadState *fresh = AFK_ALLOC("PyThreadState_New", PyThreadState_New(interp));
     if (fresh == NULL)
         return NULL;
-    if (fresh->interp == from->interp)
-        afk_keep_gil(from);
-    (void)PyThreadState_Swap(fresh);
+    afk_swap(fresh);
     *ret_from = from;
     return fresh;
 }
@@ -33,7 +31,7 @@ afk_hop_leave(PyThreadState *fresh, PyThreadState *from)
 {
     PyThreadState_Clear(fresh);
     PyThreadState_DeleteCurrent();
-    PyEval_RestoreThread(from);
+    afk_attach(from);
 }
 
 void

@@ -226,6 +226,24 @@ check_gil(const struct table *t)
     return NULL;
 }
 
+/* gil.interval lies before last_holder: proved by sys.getswitchinterval(). */
+static bool
+check_interval(const struct table *t)
+{
+    PyThreadState *ts = PyThreadState_Get();
+    unsigned long interval;
+    void *gil;
+    PyObject *get = PySys_GetObject("getswitchinterval"); /* borrowed */
+    PyObject *value = get ? PyObject_CallNoArgs(get) : NULL;
+    double seconds = value ? PyFloat_AsDouble(value) : -1;
+    Py_XDECREF(value);
+    PyErr_Clear();
+    if (seconds <= 0 || !peek_ptr(ts->interp, t->interp.ceval_gil, &gil) || gil == NULL)
+        return false;
+    const char *at = (const char *)gil + (t->interp.gil_holder - t->interp.gil) - sizeof interval;
+    return afk_os_peek(&interval, at, sizeof interval) == 0 &&
+           interval == (unsigned long)(seconds * 1e6 + 0.5);
+}
 #endif
 
 static const char *
@@ -478,6 +496,9 @@ afk_layout_discover(const struct afk_layout_source *source, struct afk_layout *l
             break;
         (void)sched_yield();
     }
+#ifndef Py_GIL_DISABLED
+    lo->interval_known = gil == NULL && check_interval(&t);
+#endif
     lo->state[AFK_FEATURE_HOP] = lo->state[AFK_FEATURE_TWIN] = AFK_READY;
     if (hop != NULL)
         refuse(lo, AFK_FEATURE_HOP, hop);
@@ -523,12 +544,15 @@ afk_layout(void)
     return &here;
 }
 
+static void restore_intervals(void);
+
 /* A fork in the middle of another thread's discovery: the child asks anew. */
 static void
 in_forked_child(void)
 {
     int discovering = 1;
     (void)atomic_compare_exchange_strong(&known, &discovering, 0);
+    restore_intervals();
 }
 
 __attribute__((constructor)) static void
@@ -666,16 +690,101 @@ afk_head_unlock(const struct afk_layout *lo)
     PyMutex_Unlock(afk_runtime_head_mutex(lo));
 }
 
-/* _PY_GIL_DROP_REQUEST_BIT is bit 0 of PyThreadState.eval_breaker in 3.13, 3.14
+/* Drops a request to give the GIL away: the switch is only put off, until after
+ * the fork, as during os.fork(), which never lets the GIL go.
+ * _PY_GIL_DROP_REQUEST_BIT is bit 0 of PyThreadState.eval_breaker in 3.13, 3.14
  * and 3.15 (pycore_ceval.h); anywhere else the request is left alone. */
-void
-afk_keep_gil(PyThreadState *ts)
+static void
+keep_gil(PyThreadState *ts)
 {
 #if PY_VERSION_HEX < 0x03100000 && !defined(Py_GIL_DISABLED)
     (void)__atomic_and_fetch(&ts->eval_breaker, ~(uintptr_t)1, __ATOMIC_RELAXED);
 #else
     (void)ts;
 #endif
+}
+
+/* ---- getting a GIL from busy threads --------------------------------------------- */
+
+/* A thread that wants a GIL waits `interval` (5 ms) before it asks the holder to
+ * let go, and the GIL then goes to any of the waiters: behind N busy threads that
+ * is N times 5 ms (Python/ceval_gil.c, take_gil). While we wait the interval is
+ * short; the busy threads switch more often for that time, and no longer. */
+#define SHORT_INTERVAL_US 50
+#define INTERVALS_MAX 64
+
+static struct shortened {
+    unsigned long *interval;
+    unsigned long saved;
+    unsigned users;
+} shortened[INTERVALS_MAX];
+static atomic_flag shortened_lock = ATOMIC_FLAG_INIT; /* a few stores; reset in a child */
+
+static void
+change_interval(unsigned long *interval, int change)
+{
+    struct shortened *mine = NULL, *empty = NULL;
+
+    while (atomic_flag_test_and_set_explicit(&shortened_lock, memory_order_acquire))
+        (void)sched_yield();
+    for (unsigned i = 0; i < INTERVALS_MAX; i++) {
+        if (shortened[i].users > 0 && shortened[i].interval == interval)
+            mine = &shortened[i];
+        else if (shortened[i].users == 0 && empty == NULL)
+            empty = &shortened[i];
+    }
+    if (mine == NULL && change > 0 && empty != NULL &&
+        __atomic_load_n(interval, __ATOMIC_RELAXED) > SHORT_INTERVAL_US) {
+        mine = empty;
+        mine->interval = interval;
+        mine->saved = __atomic_load_n(interval, __ATOMIC_RELAXED);
+        __atomic_store_n(interval, SHORT_INTERVAL_US, __ATOMIC_RELAXED);
+    }
+    if (mine != NULL) {
+        mine->users += (unsigned)change;
+        /* sys.setswitchinterval() meanwhile: its value stays. */
+        if (mine->users == 0 && __atomic_load_n(interval, __ATOMIC_RELAXED) == SHORT_INTERVAL_US)
+            __atomic_store_n(interval, mine->saved, __ATOMIC_RELAXED);
+    }
+    atomic_flag_clear_explicit(&shortened_lock, memory_order_release);
+}
+
+/* Async-signal-safe: stores only. Nobody waits for a GIL in a forked child. */
+static void
+restore_intervals(void)
+{
+    for (unsigned i = 0; i < INTERVALS_MAX; i++) {
+        if (shortened[i].users > 0 && *shortened[i].interval == SHORT_INTERVAL_US)
+            *shortened[i].interval = shortened[i].saved;
+        shortened[i].users = 0;
+    }
+    atomic_flag_clear(&shortened_lock);
+}
+
+void
+afk_attach(PyThreadState *ts)
+{
+    const struct afk_layout *lo = &here;
+    unsigned long *interval = NULL;
+    if (lo->interval_known)
+        interval = FIELD(*afk_interp_gil(lo, ts->interp), lo->gil_holder - sizeof *interval,
+                         unsigned long);
+    if (interval != NULL)
+        change_interval(interval, 1);
+    PyEval_RestoreThread(ts);
+    if (interval != NULL)
+        change_interval(interval, -1);
+}
+
+void
+afk_swap(PyThreadState *to)
+{
+    PyThreadState *from = PyThreadState_Get();
+    if (here.state[AFK_FEATURE_TWIN] == AFK_READY &&
+        *afk_interp_gil(&here, from->interp) == *afk_interp_gil(&here, to->interp))
+        keep_gil(from);
+    (void)PyEval_SaveThread();
+    afk_attach(to);
 }
 
 int

@@ -105,7 +105,7 @@ settle_tm(struct afk_forking *f)
     if (better != NULL) {
         PyThreadState_Clear(f->tm);
         PyThreadState_DeleteCurrent();
-        PyEval_RestoreThread(better);
+        afk_attach(better);
         f->tm = better;
         f->fresh_tm = false;
     }
@@ -120,16 +120,17 @@ return_to_caller(struct afk_forking *f)
         PyThreadState_Clear(f->tm);
         PyThreadState_DeleteCurrent();
     }
-    else {
-        if (!f->own_gil)
-            afk_keep_gil(f->tm);
+    else if (f->own_gil) {
         (void)PyEval_SaveThread();
     }
     if (f->holder != NULL) {
         afk_holder_release(f->holder);
         f->holder = NULL;
     }
-    PyEval_RestoreThread(f->ts);
+    if (f->fresh_tm || f->own_gil)
+        afk_attach(f->ts);
+    else
+        afk_swap(f->ts);
     afk_head_lock(f->layout);
     PyOS_AfterFork_Parent(); /* unlocks HEAD, the import lock; hooks */
 }
@@ -227,11 +228,10 @@ before_twin(struct afk_forking *f, struct anyfork_error *reterr)
     if (f->own_gil) {
         (void)PyEval_SaveThread();
         held = afk_holder_take(f->holder, caller);
-        PyEval_RestoreThread(f->tm);
+        afk_attach(f->tm);
     }
     else {
-        afk_keep_gil(f->ts);
-        (void)PyThreadState_Swap(f->tm);
+        afk_swap(f->tm);
     }
     if (held < 0) {
         return_to_caller(f);

@@ -120,6 +120,18 @@ ext_spawn(PyObject *module, PyObject *args)
 }
 
 static PyObject *
+ext_method_names(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(args))
+{
+    PyObject *names = PyTuple_New((Py_ssize_t)afk_n_methods);
+    for (unsigned i = 0; names != NULL && i < afk_n_methods; i++) {
+        PyObject *name = PyUnicode_FromString(afk_methods[i].name);
+        if (name == NULL || PyTuple_SetItem(names, (Py_ssize_t)i, name) < 0)
+            Py_CLEAR(names);
+    }
+    return names;
+}
+
+static PyObject *
 ext_methods(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(args))
 {
     PyObject *list = PyList_New(0);
@@ -280,6 +292,7 @@ static PyMethodDef functions[] = {
     {"forkpty", ext_forkpty, METH_NOARGS,
      "forkpty()\n--\n\nFork with a new pseudo-terminal; returns (pid, master fd)."},
     {"spawn", ext_spawn, METH_VARARGS, NULL},
+    {"method_names", ext_method_names, METH_NOARGS, NULL},
     {"methods", ext_methods, METH_NOARGS, NULL},
     {"check_fork", ext_check_fork, METH_NOARGS, NULL},
     {"layout", ext_layout, METH_NOARGS, NULL},
