@@ -1,0 +1,43 @@
+# The front door. Every target sets up what it needs, on a fresh Debian machine too.
+#
+#   make           .venv with a CPython >= 3.13, anyfork built and installed in it
+#   make demo      workers from a sub-interpreter, beside trio and busy threads, at work
+#   make test      the tests on that CPython
+#   make matrix    the tests on every CPython of tools/pythons, and on real hosts
+#   make sanitize  ASan, UBSan, valgrind, TSan      (SHORT=1: a short form)
+#   make soak      100,000 forks per CPython        (COUNT=n, NAMES="3.14 3.15")
+#   make bench     against os.fork(), interleaved
+#   make clean     .venv and build; the cached CPythons stay (tools/pythons clean)
+
+SCALE ?= 1
+COUNT ?= 100000
+NAMES ?=
+SOURCES := $(shell find src include python -type f) meson.build meson.options pyproject.toml
+
+.PHONY: all demo test matrix sanitize soak bench clean
+all: .venv/ready
+
+.venv/ready: $(SOURCES) tools/setup
+	@tools/setup
+	@touch $@
+
+demo: .venv/ready
+	@tools/in anyfork demo
+
+test: .venv/ready
+	@tools/test --scale $(SCALE)
+
+matrix:
+	@tools/matrix --scale $(SCALE) $(NAMES)
+
+sanitize:
+	@tools/sanitize $(if $(SHORT),--short)
+
+soak:
+	@tools/soak --count $(COUNT) $(NAMES)
+
+bench: .venv/ready
+	@tools/in python bench/bench_spawn.py
+
+clean:
+	rm -rf .venv build
