@@ -1,0 +1,148 @@
+"""The extension module: glue between Python objects and libanyfork.
+
+Public names are re-exported by the package; the others are for it and its tests.
+Every function works in any interpreter, from any thread, unless it says otherwise.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, TypedDict, final
+
+FAULTS: bool
+"""Whether this build can inject faults (-Dfaults=true)."""
+
+@final
+class _MethodRow(TypedDict):
+    name: str
+    summary: str
+    runs_in: str
+    memory: str
+    may_wait_for: str
+    available: bool
+    reason: str | None
+
+@final
+class _Runtime(TypedDict):
+    interpreters: int
+    main_thread_states: int
+    own_thread_states: int
+    main_tstate_alive: bool
+    gilstate_check: int
+    in_main: bool
+    own_gil: bool
+    holder_threads: int
+    pad: bool
+    interpreter: int
+
+_State = tuple[Literal["unknown", "ready", "refused"], str]
+
+def fork() -> int:
+    """Fork; return 0 in the child and its pid in the parent, in any interpreter.
+
+    In main: as os.fork(), but live sub-interpreters do not crash the child. In a
+    sub-interpreter it returns twice there. Raises MethodUnavailable, SpawnError,
+    PythonFinalizationError, with nothing changed.
+    """
+
+def forkpty() -> tuple[int, int]:
+    """As fork(), with a new pseudo-terminal: (pid, master fd); (0, -1) in the child."""
+
+def spawn[ChildT: Child](
+    type: type[ChildT],
+    method: str,
+    target: Callable[..., object] | bytes,
+    args: tuple[object, ...],
+    /,
+) -> ChildT:
+    """Start a worker; ``target`` is a callable, or bytes that _boot.load() understands."""
+
+def method_names() -> tuple[str, ...]:
+    """The names of the rows, in the table's order."""
+
+def methods() -> list[_MethodRow]:
+    """The rows of the table; ``available`` is for the calling interpreter."""
+
+def check_fork() -> None:
+    """Raise MethodUnavailable where fork() cannot work."""
+
+def layout() -> dict[str, _State]:
+    """By feature (hop, twin, hooks, stack): its state, and why it is refused."""
+
+def runtime() -> _Runtime | None:
+    """Counts for tests and doctor, racy by nature; None where hop is refused."""
+
+def in_main() -> bool:
+    """Whether the caller is in the main interpreter."""
+
+def _layout_doctored(table: bytes, version_hex: int, debug: bool, /) -> dict[str, _State]:
+    """What layout() would be with this table, version and debug flag."""
+
+def _layout_table() -> tuple[bytes, int, bool]:
+    """The true arguments of _layout_doctored()."""
+
+def _begin_finalizing() -> None:
+    """From now on this interpreter refuses to fork: it shuts down."""
+
+def _pad_stop() -> None:
+    """Stop the launch pad, if it runs; the next start that needs it makes a new one."""
+
+def _set_package_parent(directory: str, /) -> None:
+    """The folder of this package, for interpreters without it on their path."""
+
+# Only in builds with FAULTS.
+def _fault_arm(nth: int, errno: int, for_good: bool, /) -> None:
+    """Let the nth fault point from now fail, and all after it if ``for_good``."""
+
+def _fault_report() -> tuple[int, int, str | None]:
+    """(faults injected, fault points passed, the last one's name)."""
+
+class Child:
+    """A worker process, by its handle. Made by spawn() only."""
+
+    @property
+    def pid(self) -> int:
+        """Process id."""
+
+    @property
+    def pidfd(self) -> int:
+        """Readable once the worker has ended; -1 after close()."""
+
+    @property
+    def report_fd(self) -> int:
+        """Readable when the worker has reported; -1 when it has no more."""
+
+    @property
+    def method(self) -> str:
+        """Name of the spawn method."""
+
+    def signal(self, sig: int, /) -> None:
+        """Send a signal; by pidfd, so never to another process."""
+
+    def close(self) -> None:
+        """Kill the worker if it runs, reap it, close its fds."""
+
+    def _wait(self, until_ended: bool, timeout: float | None, /) -> bool:
+        """Wait until it has ended, or else is ready; False if the time has passed."""
+
+    def _poll(self) -> bool:
+        """Read what it has reported; whether it has ended. Never waits."""
+
+    def _outcome(self) -> tuple[int, Any]:
+        """(kind, payload): kind 0 and None, or a kind of _boot and bytes."""
+
+    def _error(self) -> tuple[str, int, str] | None:
+        """(stage, errno, detail) of its ERROR record."""
+
+    @property
+    def _ready(self) -> bool: ...
+    @property
+    def _ended(self) -> bool: ...
+    @property
+    def _foreign(self) -> bool: ...
+    @property
+    def _closed(self) -> bool: ...
+    @property
+    def _read_errno(self) -> int: ...
+    @property
+    def _status(self) -> int | None: ...
+    @property
+    def _status_from(self) -> Literal["running", "report", "wait", "pidfd", "lost"]: ...

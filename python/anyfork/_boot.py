@@ -7,9 +7,10 @@ another thread may have held.
 
 from __future__ import annotations
 
-import _frozen_importlib  # type: ignore[import-not-found]
+import _frozen_importlib
 import _thread
 import atexit
+import contextlib
 import io
 import linecache
 import os
@@ -18,7 +19,8 @@ import sys
 import threading
 import traceback
 import weakref
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 from . import _errors
 
@@ -39,7 +41,8 @@ def repair_imports() -> None:
     module. What this very thread is importing stays: it holds those locks itself.
     """
     me = _thread.get_ident()
-    locks = _frozen_importlib._module_locks
+    importlib: Any = _frozen_importlib
+    locks = importlib._module_locks
     for name, ref in list(locks.items()):
         lock = ref()
         owner = getattr(lock, "owner", None)
@@ -50,7 +53,7 @@ def repair_imports() -> None:
         if module is not None and _is_initializing(module):
             _kept.append(module)
             del sys.modules[name]
-    _frozen_importlib._blocking_on.clear()
+    importlib._blocking_on.clear()
 
 
 def _is_initializing(module: object) -> bool:
@@ -120,10 +123,8 @@ def _rebuilt(stream: Any, fd: int | None = None) -> Any:
         line_buffering=text.line_buffering,
         write_through=text.write_through,
     )
-    try:
+    with contextlib.suppress(AttributeError):
         new.mode = text.mode  # type: ignore[misc]
-    except AttributeError:
-        pass
     _kept.append(stream)
     return new
 

@@ -63,7 +63,7 @@ class Child(_anyfork.Child):
         exc = self.exception(timeout)
         if exc is not None:
             raise exc
-        kind, payload = self._outcome()
+        _kind, payload = self._outcome()
         return pickle.loads(payload)
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
@@ -112,7 +112,8 @@ class Child(_anyfork.Child):
         else:
             stage, errno, detail = error
         died = WorkerDied(self.pid, self._status)
-        exc = SpawnError(stage, errno or None, self.method, f"{detail}; {died}" if detail else str(died))
+        detail = f"{detail}; {died}" if detail else str(died)
+        exc = SpawnError(stage, errno or None, self.method, detail)
         kind, payload = self._outcome()
         if kind == _boot.ERROR and payload:
             exc.__cause__ = _boot.restore(payload)

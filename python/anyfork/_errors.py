@@ -27,7 +27,8 @@ class SpawnError(OSError):
         self.stage = stage
         self.method = method
         self.detail = detail
-        text = f"{method}: {detail} (stage: {stage})" if detail else f"{method}: stage {stage} failed"
+        what = f"{detail} (stage: {stage})" if detail else f"stage {stage} failed"
+        text = f"{method}: {what}"
         if errno:
             super().__init__(errno, f"{text}: {os.strerror(errno)}")
         else:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pickle
 import sys
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 from . import _anyfork
 from ._child import Child
-
 
 # The table is fixed when the library is built.
 _NAMES: tuple[str, ...] = _anyfork.method_names()
