@@ -115,7 +115,8 @@ ANYFORK_API int anyfork_child_signal(struct anyfork_child *child, int sig);
 
 /* Kill the child if it lives, reap it, close its fds, free the handle. NULL is
  * fine. In a forked child of the owner it only frees: the worker is not touched.
- * Call from: any thread, once. Blocks for: the child's death. Since 0.1. */
+ * Call from: any thread, once; a wait of another thread then returns.
+ * Blocks for: the child's death. Since 0.1. */
 ANYFORK_API void anyfork_child_close(struct anyfork_child *child);
 
 #ifdef __cplusplus

@@ -143,6 +143,9 @@ int afk_child_new(struct anyfork_child **ret_child, struct afk_plan *plan,
  * On failure the child has been killed and reaped. */
 int afk_child_adopt(struct anyfork_child *child, pid_t pid, struct afk_plan *plan,
                     struct anyfork_error *reterr);
+/* A call under way in another thread keeps the handle alive over a close. */
+void afk_child_ref(struct anyfork_child *child);
+void afk_child_unref(struct anyfork_child *child);
 /* Drains reports and reaps, without blocking. Returns 1 once the child ended. */
 int afk_child_poll(struct anyfork_child *child);
 /* Waits until `until` holds or the child ended: 0; or ANYFORK_ETIMEDOUT,

@@ -16,6 +16,7 @@
 #include <poll.h>
 #include <pthread.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/wait.h>
@@ -26,6 +27,7 @@
 #define REAP_TRIES 3
 
 struct anyfork_child {
+    atomic_uint refs;     /* the owner's, and one for each call under way */
     pthread_mutex_t lock; /* short steps only, never across a wait or a fork */
     unsigned generation;
     pid_t pid;
@@ -59,9 +61,21 @@ close_fds(struct anyfork_child *child)
     afk_lifeline_close(&child->pidfd);
 }
 
-static void
-free_handle(struct anyfork_child *child)
+void
+afk_child_ref(struct anyfork_child *child)
 {
+    atomic_fetch_add(&child->refs, 1);
+}
+
+/* The fds are closed with the last reference and not before: a call of another
+ * thread may be about to poll them, and the numbers are soon somebody else's. */
+void
+afk_child_unref(struct anyfork_child *child)
+{
+    if (atomic_fetch_sub(&child->refs, 1) != 1)
+        return;
+    if (child->generation == afk_generation())
+        close_fds(child);
     (void)pthread_mutex_destroy(&child->lock);
     free(child->payload);
     free(child);
@@ -76,6 +90,7 @@ afk_child_new(struct anyfork_child **ret_child, struct afk_plan *plan,
     struct anyfork_child *child = AFK_ALLOC("calloc(child)", calloc(1, sizeof *child));
     if (child == NULL)
         return AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_MEMORY, ENOMEM, "worker handle");
+    atomic_store(&child->refs, 1);
     (void)pthread_mutex_init(&child->lock, NULL);
     child->generation = afk_generation();
     child->pidfd = child->status_fd = child->life_write = child->life_read = -1;
@@ -120,8 +135,7 @@ fail:
         afk_os_close(status[i]);
         afk_os_close(life[i]);
     }
-    close_fds(child);
-    free_handle(child);
+    afk_child_unref(child);
     return AFK_FAIL(reterr, ANYFORK_ESYSTEM, r == -ENOMEM ? ANYFORK_STAGE_MEMORY : ANYFORK_STAGE_PIPE,
                     -r, what);
 }
@@ -425,12 +439,15 @@ anyfork_child_close(struct anyfork_child *child)
         if (!child->ended && child->pid > 0 && child->pidfd >= 0) {
             (void)afk_os_pidfd_signal(child->pidfd, SIGKILL);
             /* The lifeline kills too, should the signal have been refused. */
+            (void)pthread_mutex_lock(&child->lock);
             afk_lifeline_close(&child->life_write);
+            (void)pthread_mutex_unlock(&child->lock);
             (void)anyfork_child_wait(child, DEATH_WAIT_NS, NULL);
         }
+        (void)pthread_mutex_lock(&child->lock);
         if (child->ended && !child->reaped)
             reap(child, false);
-        close_fds(child);
+        (void)pthread_mutex_unlock(&child->lock);
     }
-    free_handle(child);
+    afk_child_unref(child);
 }

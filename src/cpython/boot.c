@@ -61,9 +61,16 @@ afk_boot_prepare(struct anyfork_error *reterr)
     return boot;
 }
 
+/* The fork generation of the worker itself. */
+static unsigned worker_generation;
+
+/* Nothing is said by a process that the target forked and that came back here:
+ * the report belongs to the worker. */
 static void
 report(int fd, int kind, int stage, int value, const char *payload, size_t size)
 {
+    if (afk_generation() != worker_generation)
+        return;
     struct afk_report record = {.magic = AFK_REPORT_MAGIC,
                                 .kind = (uint16_t)kind,
                                 .stage = (uint16_t)stage,
@@ -171,6 +178,10 @@ afk_boot_run(PyObject *boot, const struct afk_job *job, struct afk_forking *f)
 {
     int fd = f->plan.status_fd;
 
+    worker_generation = afk_generation();
+    /* Not for the worker's own forked children. Out of memory: they keep them. */
+    (void)afk_lifeline_register(fd);
+    (void)afk_lifeline_register(f->plan.life_fd);
     settle(boot, f);
     if (job->kind == AFK_JOB_C)
         report(fd, AFK_REPORT_READY, 0, 0, NULL, 0);

@@ -24,29 +24,58 @@ ext_child_wrap(PyTypeObject *type, struct anyfork_child *child, const char *meth
     return (PyObject *)self;
 }
 
+/* The handle, kept alive until afk_child_unref() whatever another thread closes
+ * meanwhile; NULL once closed. */
+static struct anyfork_child *
+borrow(struct child_object *self)
+{
+    struct anyfork_child *child;
+    Py_BEGIN_CRITICAL_SECTION(self);
+    child = self->child;
+    if (child != NULL)
+        afk_child_ref(child);
+    Py_END_CRITICAL_SECTION();
+    return child;
+}
+
 static void
 view(struct child_object *self, struct afk_child_view *ret)
 {
-    if (self->child != NULL)
-        afk_child_view(self->child, ret);
-    else
+    struct anyfork_child *child = borrow(self);
+    if (child == NULL) {
         *ret = self->last;
+        return;
+    }
+    afk_child_view(child, ret);
+    afk_child_unref(child);
 }
 
 static void
 close_handle(struct child_object *self)
 {
-    struct anyfork_child *child = self->child;
+    struct anyfork_child *child;
+    Py_BEGIN_CRITICAL_SECTION(self);
+    child = self->child;
+    if (child != NULL) {
+        self->child = NULL;
+        afk_child_view(child, &self->last);
+        self->last.pidfd = self->last.status_fd = -1;
+        self->last.payload = NULL;
+        self->last.outcome = 0;
+    }
+    Py_END_CRITICAL_SECTION();
     if (child == NULL)
         return;
-    self->child = NULL; /* first: another thread may look while we wait */
-    afk_child_view(child, &self->last);
-    self->last.pidfd = self->last.status_fd = -1;
-    self->last.payload = NULL;
-    self->last.outcome = 0;
+    afk_child_ref(child);
     Py_BEGIN_ALLOW_THREADS
     anyfork_child_close(child); /* kills and reaps what still runs */
     Py_END_ALLOW_THREADS
+    struct afk_child_view v;
+    afk_child_view(child, &v);
+    self->last.ended = v.ended;
+    self->last.status = v.status;
+    self->last.status_from = v.status_from;
+    afk_child_unref(child);
 }
 
 static void
@@ -70,14 +99,11 @@ child_traverse(PyObject *op, visitproc visit, void *arg)
     return 0;
 }
 
-static int
-open_or_raise(struct child_object *self)
+static PyObject *
+raise_closed(void)
 {
-    if (self->child == NULL) {
-        PyErr_SetString(PyExc_ValueError, "the handle of this worker is closed");
-        return -1;
-    }
-    return 0;
+    PyErr_SetString(PyExc_ValueError, "the handle of this worker is closed");
+    return NULL;
 }
 
 static PyObject *
@@ -127,11 +153,11 @@ child_wait(PyObject *op, PyObject *args)
 
     if (!PyArg_ParseTuple(args, "pO", &ended, &timeout) || timeout_ns(timeout, &ns) < 0)
         return NULL;
-    if (self->child == NULL) {
+    struct anyfork_child *child = borrow(self);
+    if (child == NULL) {
         if (self->last.ended)
             Py_RETURN_TRUE;
-        (void)open_or_raise(self);
-        return NULL;
+        return raise_closed();
     }
     enum afk_until until = ended ? AFK_UNTIL_ENDED : AFK_UNTIL_READY;
     int64_t deadline = ns < 0 ? -1 : afk_os_now_ns() + ns;
@@ -141,17 +167,17 @@ child_wait(PyObject *op, PyObject *args)
             if (ns < 0)
                 ns = 0;
         }
-        if (open_or_raise(self) < 0)
-            return NULL;
-        struct anyfork_child *child = self->child;
         Py_BEGIN_ALLOW_THREADS
         r = afk_child_wait_step(child, until, ns);
         Py_END_ALLOW_THREADS
         if (r != -EINTR)
             break;
-        if (PyErr_CheckSignals() < 0)
+        if (PyErr_CheckSignals() < 0) {
+            afk_child_unref(child);
             return NULL;
+        }
     }
+    afk_child_unref(child);
     if (r == ANYFORK_EFOREIGN)
         return foreign(self);
     return PyBool_FromLong(r == 0);
@@ -161,9 +187,11 @@ static PyObject *
 child_poll(PyObject *op, PyObject *Py_UNUSED(args))
 {
     struct child_object *self = (struct child_object *)op;
-    if (self->child == NULL)
+    struct anyfork_child *child = borrow(self);
+    if (child == NULL)
         return PyBool_FromLong(self->last.ended);
-    int r = afk_child_poll(self->child);
+    int r = afk_child_poll(child);
+    afk_child_unref(child);
     if (r == ANYFORK_EFOREIGN)
         return foreign(self);
     return PyBool_FromLong(r == 1);
@@ -178,17 +206,19 @@ child_signal(PyObject *op, PyObject *arg)
         return NULL;
     if (sig < 0 || sig >= NSIG)
         return PyErr_Format(PyExc_ValueError, "signal: %d is not a signal number", sig);
-    if (self->child == NULL) {
+    struct anyfork_child *child = borrow(self);
+    if (child == NULL) {
         if (self->last.ended)
             Py_RETURN_NONE;
-        (void)open_or_raise(self);
-        return NULL;
+        return raise_closed();
     }
-    int r = anyfork_child_signal(self->child, sig);
+    int r = anyfork_child_signal(child, sig);
+    int errnum = errno;
+    afk_child_unref(child);
     if (r == ANYFORK_EFOREIGN)
         return foreign(self);
     if (r < 0)
-        return raise_code(self, ANYFORK_ESYSTEM, ANYFORK_STAGE_SIGNAL, errno, NULL);
+        return raise_code(self, ANYFORK_ESYSTEM, ANYFORK_STAGE_SIGNAL, errnum, NULL);
     Py_RETURN_NONE;
 }
 
@@ -204,10 +234,18 @@ static PyObject *
 child_outcome(PyObject *op, PyObject *Py_UNUSED(args))
 {
     struct afk_child_view v;
-    view((struct child_object *)op, &v);
-    if (v.outcome == 0)
+    PyObject *pair;
+    struct anyfork_child *child = borrow((struct child_object *)op);
+    if (child == NULL)
         return Py_BuildValue("iO", 0, Py_None);
-    return Py_BuildValue("iy#", v.outcome, v.payload ? v.payload : "", (Py_ssize_t)v.payload_size);
+    afk_child_view(child, &v);
+    if (v.outcome == 0)
+        pair = Py_BuildValue("iO", 0, Py_None);
+    else
+        pair = Py_BuildValue("iy#", v.outcome, v.payload ? v.payload : "",
+                             (Py_ssize_t)v.payload_size);
+    afk_child_unref(child);
+    return pair;
 }
 
 /* _error() -> (stage, errno, detail), or None if the worker reported none. */
