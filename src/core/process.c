@@ -109,21 +109,32 @@ afk_child_new(struct anyfork_child **ret_child, struct afk_plan *plan,
     r = afk_os_pipe(life, O_CLOEXEC);
     if (r < 0)
         goto fail;
+    child->life_read = life[0];
+    life[0] = -1;
+    r = afk_lifeline_register(child->life_read);
+    if (r < 0)
+        goto fail;
+    /* A dying process closes its fds in ascending order, but the kernel takes
+     * the files apart from the last to the first (fput() in fs/file_table.c,
+     * task_work_run() is last-in first-out since Linux 4.3). The write end must
+     * go first, so have the higher number: with the read end of a worker that
+     * has closed its own goes whoever would get the signal. */
+    if (life[1] < child->life_read) {
+        r = afk_os_dup_above(life[1], child->life_read + 1);
+        if (r < 0)
+            goto fail;
+        afk_os_close(life[1]);
+        life[1] = r;
+    }
     child->life_write = life[1];
     life[1] = -1;
     r = afk_lifeline_register(child->life_write);
     if (r < 0)
         goto fail;
-    /* A dying process closes its fds in ascending order. The read end must be
-     * the later one: were it closed first by a worker that has closed its own,
-     * nobody would be left to get the signal. */
-    r = afk_os_dup_above(life[0], child->life_write + 1);
+    r = afk_os_dup_above(child->life_read, 0);
     if (r < 0)
         goto fail;
-    child->life_read = r;
-    r = afk_lifeline_register(child->life_read);
-    if (r < 0)
-        goto fail;
+    life[0] = r;
 
     plan->status_fd = status[1];
     plan->life_fd = life[0];
