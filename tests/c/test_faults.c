@@ -16,9 +16,15 @@ static unsigned total_hits;
 static int
 child_body(const struct afk_plan *plan)
 {
-    send_record(plan->status_fd, AFK_REPORT_READY, 0, NULL, 0);
-    send_record(plan->status_fd, AFK_REPORT_RESULT, 0, "result", 6);
-    send_record(plan->status_fd, AFK_REPORT_EXIT, 0, NULL, 0);
+    (void)signal(SIGPIPE, SIG_IGN); /* as Python does; after a read error nobody listens */
+    const struct afk_report ready = {.magic = AFK_REPORT_MAGIC, .kind = AFK_REPORT_READY};
+    const struct afk_report result = {
+        .magic = AFK_REPORT_MAGIC, .kind = AFK_REPORT_RESULT, .payload_bytes = 6};
+    const struct afk_report end = {.magic = AFK_REPORT_MAGIC, .kind = AFK_REPORT_EXIT};
+    (void)afk_report_write(plan->status_fd, &ready);
+    (void)afk_report_write(plan->status_fd, &result);
+    (void)afk_os_write_all(plan->status_fd, "result", 6);
+    (void)afk_report_write(plan->status_fd, &end);
     return 0;
 }
 
@@ -53,8 +59,8 @@ whole_life(struct anyfork_error *error)
             assert_int_equal(status, 0);
             if (view.outcome == AFK_REPORT_RESULT)
                 assert_memory_equal(view.payload, "result", 6);
-            else /* the result is lost, and it says so */
-                assert_int_not_equal(view.read_errno, 0);
+            else if (afk_fault_errno != EAGAIN) /* that means "nothing there" */
+                assert_int_not_equal(view.read_errno, 0); /* lost, and it says so */
         }
         else {
             assert_int_equal(r, ANYFORK_EREAPED);
@@ -77,9 +83,12 @@ every_point(int errnum, bool for_good)
         afk_fault_arm(0, 0, false);
         total_hits += hits;
         assert_int_equal(count_fds(), before);
-        errno = 0;
-        assert_int_equal(waitpid(-1, NULL, WNOHANG), -1);
-        assert_int_equal(errno, ECHILD);
+        /* Where waitid(2) never works, nobody can reap: then a zombie is left, but
+         * nothing that runs. */
+        pid_t left = waitpid(-1, NULL, WNOHANG);
+        if (for_good && left > 0)
+            left = waitpid(-1, NULL, WNOHANG);
+        assert_int_equal(left, -1);
         if (r < 0 && r != ANYFORK_EREAPED) {
             assert_true(hits > 0);
             assert_int_equal(r, ANYFORK_ESYSTEM);
