@@ -22,7 +22,7 @@ class Known(NamedTuple):
     area: str
     check: str
     applies: Callable[[str], bool]  # given the start or interpreter kind under test
-    outcome: int | str  # an exit code, negative for a signal; or an exception's name
+    outcome: int | str  # an exit code (negative: signal), an exception's name, or "killed"
     text: str  # what the dying process says
     reason: str
 
@@ -56,6 +56,7 @@ _FINALIZES = (
 
 KNOWN_OUTCOMES: tuple[Known, ...] = (
     *(Known("child in main", name, _debug, -6, "interp_count", _COUNTED) for name in _FINALIZES),
+    Known("child of fork() in main", "normal exit", _debug, -6, "interp_count", _COUNTED),
     Known(
         "twin child",
         "finalize",
@@ -77,7 +78,7 @@ KNOWN_OUTCOMES: tuple[Known, ...] = (
         "plain os.fork()",
         "live sub-interpreter",
         _always,
-        -6,
+        "killed",
         "",
         "gh-139759: with a live sub-interpreter, the child of os.fork() in main dies",
     ),
@@ -89,6 +90,14 @@ KNOWN_OUTCOMES: tuple[Known, ...] = (
         "",
         "_PyRuntime.main_tstate dangles in the child of a thread: its signal handlers never "
         "run in a busy loop",
+    ),
+    Known(
+        "plain os.fork()",
+        "pending call in a thread's child",
+        _always,
+        1,
+        "",
+        "_PyRuntime.main_tstate dangles in the child of a thread: pending calls never run",
     ),
     Known(
         "plain os.fork()",

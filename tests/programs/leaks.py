@@ -1,0 +1,67 @@
+"""usage: leaks.py KIND WAY N   (KIND: legacy isolated main; WAY: fork, or a method's name)
+
+What N forks leave in the parent. One line of JSON: {"forks", "bad", "before", "after"},
+the last two with counts of the interpreter, the process and the debug build.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+from typing import Any
+
+import outcomes
+import subint
+
+import anyfork
+from anyfork import _anyfork
+
+WARM_UP = 50
+
+
+def nothing() -> None:
+    pass
+
+
+def one(way: str) -> int | None:
+    if way == "fork":
+        return outcomes.in_child(anyfork.fork, nothing)
+    with anyfork.spawn(nothing, method=way.removeprefix("spawn:")) as child:
+        return child.wait(outcomes.LIMIT)
+
+
+def snapshot() -> dict[str, Any]:
+    gc.collect()
+    with open("/proc/self/statm") as statm:
+        rss_kb = int(statm.read().split()[1]) * os.sysconf("SC_PAGESIZE") // 1024
+    return {
+        "runtime": _anyfork.runtime(),
+        "interpreters": subint.interpreters(),
+        "fds": len(os.listdir("/proc/self/fd")),
+        "threads": len(os.listdir("/proc/self/task")),
+        "rss_kb": rss_kb,
+        "refs": getattr(sys, "gettotalrefcount", int)(),
+        "blocks": sys.getallocatedblocks(),
+    }
+
+
+def run(way: str, n: int) -> None:
+    bad = [code for code in (one(way) for _ in range(WARM_UP)) if code != 0]
+    snapshot()  # allocates what it needs once
+    before = snapshot()
+    bad += [code for code in (one(way) for _ in range(n)) if code != 0]
+    outcomes.tell({"forks": n, "bad": bad, "before": before, "after": snapshot()})
+
+
+def main(kind: str, way: str, n: str) -> None:
+    if kind == "main":
+        run(way, int(n))
+    else:
+        with subint.interpreter(kind) as made:
+            made.run(f"import leaks; leaks.run({way!r}, {int(n)})", "thread")
+    outcomes.leave()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
