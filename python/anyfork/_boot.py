@@ -10,10 +10,8 @@ from __future__ import annotations
 import _frozen_importlib
 import _thread
 import atexit
-import contextlib
 import io
 import linecache
-import os
 import pickle
 import sys
 import threading
@@ -24,8 +22,7 @@ from typing import Any
 
 from . import _errors
 
-# What is replaced must not be destroyed: its destructor would flush what the
-# parent had buffered, or wait for a lock of a dead thread.
+# Half-imported modules are not destroyed: their finalizers are not ours to run.
 _kept: list[object] = []
 
 READY, ERROR, RESULT, RAISED, EXIT = 1, 2, 3, 4, 5
@@ -74,92 +71,52 @@ def forget_finalizers() -> None:
 
 def prelude() -> None:
     """Make streams, logging, threads and multiprocessing a fresh process's own."""
-    _rebuild_streams()
+    _repair_streams()
     _name_main_thread()
     _reset_multiprocessing()
 
 
-def _layers(stream: object) -> tuple[Any, Any, Any] | None:
-    """(text, buffer, raw) of a text stream over a file descriptor, else None."""
+def _repair(stream: object) -> None:
+    """Give a text stream over a file descriptor new locks and empty buffers.
+
+    In place: whoever holds a reference has the repaired stream. A thread that was
+    inside write() left a lock that nothing resets, and text that the parent had
+    buffered is the parent's to write. Other kinds of streams are left alone.
+    """
     if type(stream) is not io.TextIOWrapper:
-        return None
-    buffer = stream.buffer
+        return
+    buffer: Any = stream.buffer
     if type(buffer) not in (io.BufferedWriter, io.BufferedReader, io.BufferedRandom):
-        return None
+        return
     raw = buffer.raw
     if type(raw) is not io.FileIO or raw.closed:
-        return None
-    return stream, buffer, raw
-
-
-def _rebuilt(stream: Any, fd: int | None = None) -> Any:
-    """A new stream over the same descriptor, with none of the old one's locks and
-    buffered text; None if it is not that kind of stream."""
-    layers = _layers(stream)
-    if layers is None:
-        return None
-    text, buffer, raw = layers
-    fd = raw.fileno() if fd is None else fd
-    try:
-        os.fstat(fd)
-    except OSError:
-        return None
-    mode = raw.mode.replace("x", "w")
-    if "+" in mode:
-        mode = "rb+"
-    new_raw = io.FileIO(fd, mode.replace("a", "w"), closefd=False)
-    new_raw.name = raw.name
-    new_buffer: Any
-    if type(buffer) is io.BufferedReader:
-        new_buffer = io.BufferedReader(new_raw)
-    elif type(buffer) is io.BufferedRandom:
-        new_buffer = io.BufferedRandom(new_raw)
-    else:
-        new_buffer = io.BufferedWriter(new_raw)
-    new = io.TextIOWrapper(
-        new_buffer,
-        encoding=text.encoding,
-        errors=text.errors,
-        line_buffering=text.line_buffering,
-        write_through=text.write_through,
-    )
-    with contextlib.suppress(AttributeError):
-        new.mode = text.mode  # type: ignore[misc]
-    _kept.append(stream)
-    return new
-
-
-def _rebuild_streams() -> None:
-    replaced: dict[int, Any] = {}
-    for name in ("stdin", "stdout", "stderr"):
-        for attribute in (f"__{name}__", name):
-            old = getattr(sys, attribute, None)
-            if old is None:
-                continue
-            new = replaced.get(id(old))
-            if new is None:
-                new = _rebuilt(old)
-                if new is None:
-                    continue
-                replaced[id(old)] = new
-            setattr(sys, attribute, new)
-    _retarget_logging(replaced)
-
-
-def _retarget_logging(replaced: dict[int, Any]) -> None:
-    logging = sys.modules.get("logging")
-    if logging is None:
         return
+    mode = getattr(stream, "mode", None)
+    settings: dict[str, Any] = {
+        "encoding": stream.encoding,
+        "errors": stream.errors,
+        "line_buffering": stream.line_buffering,
+        "write_through": stream.write_through,
+    }
+    try:
+        buffer.__init__(raw)
+        stream.__init__(buffer, **settings)  # type: ignore[misc]
+    except (OSError, ValueError):
+        return  # its descriptor is gone: as unusable as it was
+    if mode is not None:
+        stream.mode = mode  # type: ignore[misc]
+
+
+def _repair_streams() -> None:
+    streams = [getattr(sys, f"{dunder}{name}{dunder}", None)
+               for name in ("stdin", "stdout", "stderr") for dunder in ("__", "")]
+    logging = sys.modules.get("logging")
     for ref in list(getattr(logging, "_handlerList", ())):
         handler = ref() if isinstance(ref, weakref.ref) else ref
         # Not through a property: logging's last-resort handler has one.
-        state = getattr(handler, "__dict__", {})
-        old = state.get("stream")
-        if old is None:
-            continue
-        new = replaced.get(id(old)) or _rebuilt(old)
-        if new is not None:
-            state["stream"] = new
+        streams.append(getattr(handler, "__dict__", {}).get("stream"))
+    for stream in {id(s): s for s in streams}.values():
+        _repair(stream)
 
 
 def _name_main_thread() -> None:

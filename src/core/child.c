@@ -33,7 +33,7 @@ afk_child_give_up(const struct afk_plan *plan, int stage, int errnum, const char
 
 /* A host's C handlers too: Apache's makes a terminated child exit with 255. */
 static void
-reset_dispositions(const struct afk_plan *plan)
+reset_dispositions(struct afk_plan *plan)
 {
     const struct sigaction dfl = {.sa_handler = SIG_DFL};
     struct sigaction now;
@@ -42,8 +42,10 @@ reset_dispositions(const struct afk_plan *plan)
         if (sig == SIGKILL || sig == SIGSTOP)
             continue;
         if (plan->dispositions == AFK_DISPOSITIONS_RESET_LISTED) {
-            if (sigismember(&plan->reset, sig) == 1)
+            if (sigismember(&plan->reset, sig) == 1) {
+                (void)sigaddset(&plan->had_handler, sig);
                 (void)sigaction(sig, &dfl, NULL);
+            }
             continue;
         }
         if (sigaction(sig, NULL, &now) < 0) /* glibc keeps two for itself */
@@ -51,8 +53,11 @@ reset_dispositions(const struct afk_plan *plan)
         /* An ignored signal stays ignored, as over an exec: nohup(1), and
          * Python's own SIGPIPE. But an ignored SIGCHLD would take the exit
          * status of the worker's own children away. */
-        bool ignored = (now.sa_flags & SA_SIGINFO) == 0 && now.sa_handler == SIG_IGN;
-        if (!ignored || sig == SIGCHLD)
+        bool handler = (now.sa_flags & SA_SIGINFO) != 0 ||
+                       (now.sa_handler != SIG_IGN && now.sa_handler != SIG_DFL);
+        if (handler)
+            (void)sigaddset(&plan->had_handler, sig);
+        if (handler || (now.sa_handler == SIG_IGN && sig == SIGCHLD))
             (void)sigaction(sig, &dfl, NULL);
     }
 }
@@ -102,7 +107,7 @@ take_terminal(const struct afk_plan *plan)
 }
 
 void
-afk_child_repair(const struct afk_plan *plan)
+afk_child_repair(struct afk_plan *plan)
 {
     for (unsigned i = 0; i < plan->n_stores; i++)
         *plan->store[i].addr = plan->store[i].value;

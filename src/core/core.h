@@ -117,6 +117,7 @@ struct afk_plan {
     int tty_fd;       /* slave of the new controlling terminal, or -1 */
     int tty_master_fd;
     sigset_t caller_mask; /* filled by afk_fork() */
+    sigset_t had_handler; /* filled in the child: signals that were reset from a handler */
 };
 void afk_plan_init(struct afk_plan *plan);
 /* Returns 0 or -ENOSPC. */
@@ -125,7 +126,7 @@ int afk_plan_store(struct afk_plan *plan, void *addr, void *value);
 /* fork(2) with all signals blocked; the child has carried out the plan when 0
  * is returned. A negative errno means that there is no child. */
 pid_t afk_fork(struct afk_plan *plan);
-void afk_child_repair(const struct afk_plan *plan);
+void afk_child_repair(struct afk_plan *plan);
 _Noreturn void afk_child_give_up(const struct afk_plan *plan, int stage, int errnum,
                                  const char *detail);
 

@@ -8,6 +8,9 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <pthread.h>
+#include <semaphore.h>
+
 #include "anyfork/anyfork_python.h"
 #include "core/core.h"
 
@@ -140,14 +143,18 @@ void afk_run_child_hooks(PyObject *hooks);
 /* Clears inherited atexit callbacks of the current interpreter. */
 void afk_clear_atexit(void);
 int afk_python_handlers(sigset_t *ret);  /* needs main's thread state */
-void afk_default_python_handlers(void);  /* in the child, needs main's */
+void afk_default_python_handlers(const sigset_t *reset); /* in the child, needs main's */
 
 /* ---- holder.c: a thread that holds an interpreter's own GIL ------------------ */
 struct afk_holder *afk_holder_claim(int *ret_errno);
 /* Takes interp's GIL and keeps it. 0, or -ENOMEM. Call detached. */
 int afk_holder_take(struct afk_holder *holder, PyInterpreterState *interp);
-void afk_holder_release(struct afk_holder *holder); /* lets the GIL go, if taken */
+/* Lets the GIL go. Call detached from interp; attach to it, then call done(). */
+void afk_holder_let_go(struct afk_holder *holder, const struct afk_layout *lo);
+void afk_holder_done(struct afk_holder *holder); /* also after a claim alone */
 unsigned afk_holder_threads(void); /* how many exist */
+/* Wakes one of our own threads that waits for `sem`, next to the caller. */
+void afk_wake_here(pthread_t thread, sem_t *sem);
 
 /* ---- boot.c ------------------------------------------------------------------ */
 enum afk_job_kind { AFK_JOB_C, AFK_JOB_CALLABLE, AFK_JOB_PICKLE };

@@ -1,9 +1,12 @@
 /*
  * Threads that hold an interpreter's own GIL while its caller forks.
  *
- * Rules: threads are kept and used again, for creating one costs more than the
- * fork. No locks: slots are claimed by compare-and-swap, and a forked child,
- * where the threads do not exist, finds the table empty.
+ * Rules: a thread waits ready in its slot, for creating one costs more than the
+ * fork; it holds a GIL once, makes its successor and ends. Its caller takes the
+ * GIL back without waiting for it (afk_holder_let_go): woken beside a new child
+ * it would be a millisecond late. No locks: slots are claimed by
+ * compare-and-swap, and a forked child, where the threads do not exist, finds
+ * the table empty.
  */
 #include "cpython/cpython.h"
 
@@ -24,6 +27,7 @@ struct afk_holder {
     pthread_t thread;
     sem_t take, taken, release;
     PyInterpreterState *interp;
+    PyThreadState *ts;  /* attached on the holder's thread; deleted by the caller */
     int result;
 };
 
@@ -36,21 +40,22 @@ wait_for(sem_t *sem)
         ;
 }
 
-/* Wakes the thread on this CPU, which we are about to leave idle by waiting for
- * it. Woken where it slept it would queue behind the new child, for a
- * millisecond. */
-static void
-wake_here(struct afk_holder *h, sem_t *sem)
+/* On this CPU, which we are about to leave idle by waiting for that thread. Woken
+ * where it slept it would queue behind the new child, for a millisecond. */
+void
+afk_wake_here(pthread_t thread, sem_t *sem)
 {
     int cpu = sched_getcpu();
     cpu_set_t here;
     CPU_ZERO(&here);
     if (cpu >= 0 && cpu < CPU_SETSIZE) {
         CPU_SET(cpu, &here);
-        (void)pthread_setaffinity_np(h->thread, sizeof here, &here);
+        (void)pthread_setaffinity_np(thread, sizeof here, &here);
     }
     (void)sem_post(sem);
 }
+
+static int start_thread(struct afk_holder *h);
 
 static void *
 holder_main(void *arg)
@@ -62,19 +67,21 @@ holder_main(void *arg)
             atomic_store(&h->state, IDLE);
             continue;
         }
-        PyThreadState *ts = AFK_ALLOC("PyThreadState_New", PyThreadState_New(h->interp));
-        h->result = ts != NULL ? 0 : -ENOMEM;
-        if (ts != NULL)
-            PyEval_RestoreThread(ts);
+        h->ts = AFK_ALLOC("PyThreadState_New", PyThreadState_New(h->interp));
+        h->result = h->ts != NULL ? 0 : -ENOMEM;
+        if (h->ts != NULL)
+            PyEval_RestoreThread(h->ts);
         (void)sem_post(&h->taken);
         wait_for(&h->release);
-        if (ts != NULL) {
-            PyThreadState_Clear(ts);
-            PyThreadState_DeleteCurrent();
-        }
         h->interp = NULL;
+        if (h->ts != NULL)
+            break;
         atomic_store(&h->state, IDLE);
     }
+    /* For CPython this thread is still attached to a state that is no more: it
+     * must not call CPython again. */
+    h->ts = NULL;
+    atomic_store(&h->state, start_thread(h) == 0 ? IDLE : EMPTY);
     return NULL;
 }
 
@@ -84,10 +91,6 @@ start_thread(struct afk_holder *h)
     pthread_attr_t attr;
     sigset_t all, old;
 
-    (void)sem_init(&h->take, 0, 0);
-    (void)sem_init(&h->taken, 0, 0);
-    (void)sem_init(&h->release, 0, 0);
-    h->interp = NULL;
     int r = pthread_attr_init(&attr);
     if (r != 0)
         return r;
@@ -116,6 +119,11 @@ afk_holder_claim(int *ret_errno)
     for (unsigned i = 0; i < HOLDERS_MAX; i++) {
         int empty = EMPTY;
         if (atomic_compare_exchange_strong(&holders[i].state, &empty, BUSY)) {
+            (void)sem_init(&holders[i].take, 0, 0);
+            (void)sem_init(&holders[i].taken, 0, 0);
+            (void)sem_init(&holders[i].release, 0, 0);
+            holders[i].interp = NULL;
+            holders[i].ts = NULL;
             int r = start_thread(&holders[i]);
             if (r == 0)
                 return &holders[i];
@@ -132,20 +140,36 @@ int
 afk_holder_take(struct afk_holder *h, PyInterpreterState *interp)
 {
     h->interp = interp;
-    wake_here(h, &h->take);
+    afk_wake_here(h->thread, &h->take);
     wait_for(&h->taken);
     return h->result;
 }
 
+/* The holder's thread sleeps and is inside nothing: what it holds may be let go
+ * for it. A relaxed store is what drop_gil() does, under the GIL's mutex and with
+ * a signal; waiters look again within an interval, and the caller is one. */
 void
-afk_holder_release(struct afk_holder *h)
+afk_holder_let_go(struct afk_holder *h, const struct afk_layout *lo)
 {
-    if (h == NULL)
-        return;
-    if (h->interp != NULL)
-        wake_here(h, &h->release);
-    else
+    if (h->ts != NULL)
+        __atomic_store_n(afk_gil_locked(lo, *afk_interp_gil(lo, h->interp)), 0, __ATOMIC_RELEASE);
+}
+
+void
+afk_holder_done(struct afk_holder *h)
+{
+    if (h->interp == NULL) { /* claimed only */
         (void)sem_post(&h->take);
+        return;
+    }
+    if (h->ts != NULL) {
+        /* Bound to the holder's thread, whose specific keys are not ours to clear. */
+        h->ts->_status.bound_gilstate = 0;
+        h->ts->_status.active = 0;
+        PyThreadState_Clear(h->ts);
+        PyThreadState_Delete(h->ts);
+    }
+    (void)sem_post(&h->release);
 }
 
 unsigned

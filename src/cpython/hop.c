@@ -282,21 +282,23 @@ afk_python_handlers(sigset_t *ret)
     return n;
 }
 
-/* Python's table of handlers, made to agree with the dispositions. */
+/* Python's table of handlers, made to agree with the dispositions of `reset`. */
 void
-afk_default_python_handlers(void)
+afk_default_python_handlers(const sigset_t *reset)
 {
-    sigset_t set;
-    if (afk_python_handlers(&set) == 0)
-        return;
     PyObject *signal = module_if_imported("_signal");
     for (int sig = 1; signal != NULL && sig < NSIG; sig++) {
-        if (sigismember(&set, sig) != 1)
+        if (sigismember(reset, sig) != 1)
             continue;
-        PyObject *r = PyObject_CallMethod(signal, "signal", "ii", sig, 0); /* SIG_DFL */
-        if (r == NULL)
+        PyObject *handler = PyObject_CallMethod(signal, "getsignal", "i", sig);
+        PyObject *r = Py_None;
+        if (handler != NULL && PyCallable_Check(handler))
+            r = PyObject_CallMethod(signal, "signal", "ii", sig, 0); /* SIG_DFL */
+        if (handler == NULL || r == NULL)
             PyErr_WriteUnraisable(signal);
-        Py_XDECREF(r);
+        if (r != Py_None)
+            Py_XDECREF(r);
+        Py_XDECREF(handler);
     }
     Py_XDECREF(signal);
 }

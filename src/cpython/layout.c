@@ -488,7 +488,7 @@ afk_layout_discover(const struct afk_layout_source *source, struct afk_layout *l
         if (hop == NULL)
             hop = check_main_tstate(&t, lo->runtime);
 #ifdef Py_GIL_DISABLED
-        gil = "free-threaded build: a sub-interpreter's world cannot be stopped twice";
+        gil = "free-threaded build: its world cannot be stopped twice; use subint_fork";
 #else
         gil = hop != NULL ? hop : check_gil(&t);
 #endif

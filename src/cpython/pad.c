@@ -12,6 +12,7 @@
 
 #include <errno.h>
 #include <pthread.h>
+#include <sched.h>
 #include <semaphore.h>
 #include <signal.h>
 #include <stdatomic.h>
@@ -29,6 +30,7 @@ struct request {
     atomic_int users;
     sem_t done;
     struct afk_pad_work work;
+    cpu_set_t caller_cpus; /* a worker runs where its caller may */
     int result;
     struct anyfork_error error;
 };
@@ -99,6 +101,7 @@ afk_pad_commit(void)
 static void
 serve(struct request *r)
 {
+    (void)pthread_setaffinity_np(pthread_self(), sizeof r->caller_cpus, &r->caller_cpus);
     int requested = REQUESTED;
     if (atomic_compare_exchange_strong(&r->state, &requested, RUNNING)) {
         serving = r;
@@ -261,10 +264,12 @@ ask(struct pad *p, const struct afk_pad_work *work, int64_t deadline, struct any
     (void)sem_init(&r->done, 0, 0);
     atomic_store(&r->users, 2);
     r->work = *work;
+    if (pthread_getaffinity_np(pthread_self(), sizeof r->caller_cpus, &r->caller_cpus) != 0)
+        memset(&r->caller_cpus, 0xff, sizeof r->caller_cpus);
     struct request *unserved = atomic_exchange(&p->request, r);
     if (unserved != NULL)
         let_go(unserved); /* its caller gave up while the pad was busy */
-    (void)sem_post(&p->wake);
+    afk_wake_here(p->thread, &p->wake);
     int result = await(r, deadline, reterr);
     if (result >= 0 && work->collect != NULL)
         work->collect(work->arg, work->collect_into);
@@ -371,7 +376,7 @@ afk_pad_run(const struct afk_pad_work *work, int64_t timeout_ns, struct anyfork_
         result = run_with_door(work, deadline, reterr);
         (void)pthread_mutex_unlock(&door);
     }
-    PyEval_RestoreThread(ts);
+    afk_attach(ts);
     return result;
 }
 

@@ -123,14 +123,15 @@ return_to_caller(struct afk_forking *f)
     else if (f->own_gil) {
         (void)PyEval_SaveThread();
     }
-    if (f->holder != NULL) {
-        afk_holder_release(f->holder);
-        f->holder = NULL;
-    }
+    if (f->holder != NULL)
+        afk_holder_let_go(f->holder, f->layout);
     if (f->fresh_tm || f->own_gil)
         afk_attach(f->ts);
     else
         afk_swap(f->ts);
+    if (f->holder != NULL)
+        afk_holder_done(f->holder);
+    f->holder = NULL;
     afk_head_lock(f->layout);
     PyOS_AfterFork_Parent(); /* unlocks HEAD, the import lock; hooks */
 }
@@ -139,7 +140,8 @@ return_to_caller(struct afk_forking *f)
 static void
 discard_before_hop(struct afk_forking *f)
 {
-    afk_holder_release(f->holder);
+    if (f->holder != NULL)
+        afk_holder_done(f->holder);
     f->holder = NULL;
     if (f->fresh_tm) {
         (void)PyThreadState_Swap(f->tm);
