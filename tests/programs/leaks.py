@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import time
 from typing import Any
 
 import outcomes
@@ -18,6 +19,7 @@ import anyfork
 from anyfork import _anyfork
 
 WARM_UP = 50
+SETTLE_SECONDS = 5.0
 
 
 def nothing() -> None:
@@ -35,23 +37,37 @@ def snapshot() -> dict[str, Any]:
     gc.collect()
     with open("/proc/self/statm") as statm:
         rss_kb = int(statm.read().split()[1]) * os.sysconf("SC_PAGESIZE") // 1024
+    runtime = _anyfork.runtime()
+    holders = runtime.pop("holder_threads")
     return {
-        "runtime": _anyfork.runtime(),
+        "runtime": runtime,
         "interpreters": subint.interpreters(),
         "fds": len(os.listdir("/proc/self/fd")),
-        "threads": len(os.listdir("/proc/self/task")),
+        # Cached threads that hold a GIL at a fork; a new one now and then, where
+        # the last is not yet idle again.
+        "holders": holders,
+        "other_threads": len(os.listdir("/proc/self/task")) - holders,
         "rss_kb": rss_kb,
         "refs": getattr(sys, "gettotalrefcount", int)(),
         "blocks": sys.getallocatedblocks(),
     }
 
 
+def settled(before: dict[str, Any]) -> dict[str, Any]:
+    """A snapshot once threads that are about to end had time to."""
+    deadline = time.monotonic() + SETTLE_SECONDS
+    while True:
+        now = snapshot()
+        if now["other_threads"] <= before["other_threads"] or time.monotonic() > deadline:
+            return now
+        time.sleep(0.01)
+
+
 def run(way: str, n: int) -> None:
     bad = [code for code in (one(way) for _ in range(WARM_UP)) if code != 0]
-    snapshot()  # allocates what it needs once
-    before = snapshot()
+    before = settled(snapshot())
     bad += [code for code in (one(way) for _ in range(n)) if code != 0]
-    outcomes.tell({"forks": n, "bad": bad, "before": before, "after": snapshot()})
+    outcomes.tell({"forks": n, "bad": bad, "before": before, "after": settled(before)})
 
 
 def main(kind: str, way: str, n: str) -> None:

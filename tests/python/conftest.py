@@ -10,10 +10,12 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import IO, Any, NamedTuple, Protocol
 
 import pytest
 
@@ -26,7 +28,7 @@ import anyfork  # noqa: E402
 from anyfork import _anyfork  # noqa: E402
 
 FORKS_AT_SCALE_1 = 2000
-DEFAULT_SCALE = 0.1
+DEFAULT_SCALE = 0.25
 SETTLE_SECONDS = 10.0
 
 
@@ -96,41 +98,40 @@ def run_program_in_subprocess(
     argv = [sys.executable, "-X", "faulthandler", str(PROGRAMS / f"{name}.py"), *map(str, args)]
     if not check:
         del argv[1:3]  # a program that is meant to die says so itself
-    process = subprocess.Popen(
-        argv,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        process_group=0,
-    )
-    try:
-        out, err = process.communicate(timeout=timeout)
+    # Files, not pipes: a process left behind would keep those open.
+    with tempfile.TemporaryFile() as out_file, tempfile.TemporaryFile() as err_file:
+        process = subprocess.Popen(
+            argv, stdin=subprocess.DEVNULL, stdout=out_file, stderr=err_file, process_group=0
+        )
         hung = False
-    except subprocess.TimeoutExpired:
-        hung = True
-        os.kill(process.pid, signal.SIGABRT)  # faulthandler tells where it hangs
         try:
-            process.wait(5)
+            process.wait(timeout)
         except subprocess.TimeoutExpired:
-            process.kill()
-    finally:
-        # Also on an error of ours: nothing of the group survives the test.
-        left = _wait_for_group(process.pid)
-        if left:
-            os.killpg(process.pid, signal.SIGKILL)
-        if process.poll() is None:
-            process.kill()
-            process.wait()
+            hung = True
+            os.kill(process.pid, signal.SIGABRT)  # faulthandler tells where it hangs
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(5)
+        finally:
+            # Also on an error of ours: nothing of the group survives the test.
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+            left = _wait_for_group(process.pid)
+            if left:
+                os.killpg(process.pid, signal.SIGKILL)
+        out, err = _text(out_file), _text(err_file)
     if hung:
-        out, err = process.communicate()
-        pytest.fail(f"{name}.py hung for {timeout} s; group: {left}\n{out}\n{err}")
+        pytest.fail(f"{name}.py hung for {timeout} s\n{out}\n{err}")
     if left:
         pytest.fail(f"{name}.py left processes behind: {left}\n{out}\n{err}")
     if check and process.returncode != 0:
         pytest.fail(f"{name}.py ended with {process.returncode}\n{out}\n{err}")
     return Finished(process.returncode, out, err)
+
+
+def _text(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read().decode(errors="replace")
 
 
 def _wait_for_group(pgid: int) -> list[str]:
@@ -174,7 +175,7 @@ def _children() -> list[str]:
     return sorted(children)
 
 
-def _snapshot() -> dict[str, Any]:
+def snapshot() -> dict[str, Any]:
     """What a test must not change. The launch pad, once started, stays: it and its
     interpreter are not counted."""
     runtime = _anyfork.runtime() or {}
@@ -187,15 +188,20 @@ def _snapshot() -> dict[str, Any]:
     }
 
 
+def changes(before: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """What differs from a snapshot, after threads and processes had time to end."""
+    deadline = time.monotonic() + seconds
+    while (after := snapshot()) != before and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return {key: (before[key], after[key]) for key in before if before[key] != after[key]}
+
+
 @pytest.fixture(autouse=True)
 def leak_check() -> Iterator[None]:
     """Fails a test that leaves fds, children, thread states or interpreters behind."""
-    before = _snapshot()
+    before = snapshot()
     yield
-    deadline = time.monotonic() + SETTLE_SECONDS
-    while (after := _snapshot()) != before and time.monotonic() < deadline:
-        time.sleep(0.02)
-    changed = {key: (before[key], after[key]) for key in before if before[key] != after[key]}
+    changed = changes(before, SETTLE_SECONDS)
     assert not changed, f"left behind (before, after): {changed}"
 
 
