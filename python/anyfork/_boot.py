@@ -31,15 +31,16 @@ READY, ERROR, RESULT, RAISED, EXIT = 1, 2, 3, 4, 5
 # ---- before the hooks -----------------------------------------------------------
 
 
-def repair_imports() -> None:
+def repair_imports(caller: int) -> None:
     """Drop modules that a dead thread was importing, and forget its import locks.
 
     Resetting only the lock would let the next import "succeed" with half a
-    module. What this very thread is importing stays: it holds those locks itself.
+    module. What the thread that asked for this worker was importing stays, for
+    the target comes from there: importing it again would start workers again. If
+    that thread is this very one it holds those locks itself.
     """
     me = _thread.get_ident()
-    importlib: Any = _frozen_importlib
-    locks = importlib._module_locks
+    locks = _frozen_importlib._module_locks
     for name, ref in list(locks.items()):
         lock = ref()
         owner = getattr(lock, "owner", None)
@@ -47,10 +48,14 @@ def repair_imports() -> None:
             continue
         locks.pop(name, None)
         module = sys.modules.get(name)
-        if module is not None and _is_initializing(module):
+        if module is None or not _is_initializing(module):
+            continue
+        if owner == caller:
+            module.__spec__._initializing = False  # type: ignore[union-attr]
+        else:
             _kept.append(module)
             del sys.modules[name]
-    importlib._blocking_on.clear()
+    _frozen_importlib._blocking_on.clear()
 
 
 def _is_initializing(module: object) -> bool:
@@ -58,11 +63,43 @@ def _is_initializing(module: object) -> bool:
     return bool(getattr(spec, "_initializing", False))
 
 
+def _with_half(half: list[str]) -> set[str]:
+    """Those modules, and the complete ones that are part of the same import: the
+    submodules of a package (a new package would lack them as attributes), and
+    what has a half module among its globals (a circular import). Not extension
+    modules: some refuse to be loaded twice."""
+    names = set(half)
+    while True:
+        prefixes = tuple(f"{name}." for name in names)
+        gone = {id(sys.modules[name]) for name in names}
+        more = {
+            name
+            for name, module in list(sys.modules.items())
+            if name not in names
+            and type(module) is ModuleType
+            and not _is_initializing(module)
+            and str(getattr(module, "__file__", None)).endswith((".py", ".pyc"))
+            and (
+                name.startswith(prefixes)
+                or any(id(value) in gone for value in list(vars(module).values()))
+            )
+        }
+        if not names or not more:
+            return names
+        names |= more
+
+
 def forget_finalizers() -> None:
-    """The parent's weakref.finalize callbacks are the parent's to run."""
+    """What the parent's weakref.finalize objects would do at exit is the parent's to
+    do: not at this process's exit, and not when it drops its copy of the object.
+
+    Those with ``atexit = False`` free something of this process alone: kept.
+    """
     finalize: Any = weakref.finalize
-    for info in list(finalize._registry.values()):
-        info.atexit = False
+    for reference, info in list(finalize._registry.items()):
+        if info.atexit:
+            del finalize._registry[reference]
+            _kept.append(info)
     finalize._registered_with_atexit = False
 
 
@@ -71,52 +108,74 @@ def forget_finalizers() -> None:
 
 def prelude() -> None:
     """Make streams, logging, threads and multiprocessing a fresh process's own."""
-    _repair_streams()
+    for name in ("stdin", "stdout", "stderr"):
+        for stream in (getattr(sys, f"__{name}__", None), getattr(sys, name, None)):
+            _renew(stream)
+    _renew_logging()
+    _reset_faulthandler()
     _name_main_thread()
     _reset_multiprocessing()
 
 
-def _repair(stream: object) -> None:
-    """Give a text stream over a file descriptor new locks and empty buffers.
+_renewed: set[int] = set()
 
-    In place: whoever holds a reference has the repaired stream. A thread that was
-    inside write() left a lock that nothing resets, and text that the parent had
-    buffered is the parent's to write. Other kinds of streams are left alone.
+
+def _renew(stream: object) -> None:
+    """Give a text stream over a descriptor a new buffer: without the lock that a
+    dead thread may hold, and without what the parent had not flushed.
+
+    In place: wrappers and handlers that refer to the stream go on with it.
     """
-    if type(stream) is not io.TextIOWrapper:
+    if not isinstance(stream, io.TextIOWrapper) or id(stream) in _renewed:
         return
-    buffer: Any = stream.buffer
-    if type(buffer) not in (io.BufferedWriter, io.BufferedReader, io.BufferedRandom):
+    try:
+        buffer, encoding, errors = stream.buffer, stream.encoding, stream.errors
+        line_buffering, write_through = stream.line_buffering, stream.write_through
+        raw = buffer.raw
+    except (AttributeError, ValueError):  # not a buffer, or detached
         return
-    raw = buffer.raw
+    kind = type(buffer)
+    if kind not in (io.BufferedWriter, io.BufferedReader, io.BufferedRandom):
+        return
     if type(raw) is not io.FileIO or raw.closed:
         return
-    mode = getattr(stream, "mode", None)
-    settings: dict[str, Any] = {
-        "encoding": stream.encoding,
-        "errors": stream.errors,
-        "line_buffering": stream.line_buffering,
-        "write_through": stream.write_through,
-    }
+    mode = "rb+" if "+" in raw.mode else "rb" if "r" in raw.mode else "wb"
     try:
-        buffer.__init__(raw)
-        stream.__init__(buffer, **settings)  # type: ignore[misc]
-    except (OSError, ValueError):
-        return  # its descriptor is gone: as unusable as it was
-    if mode is not None:
-        stream.mode = mode  # type: ignore[misc]
+        new_raw = io.FileIO(raw.fileno(), mode, closefd=raw.closefd)
+    except OSError:  # somebody closed the descriptor
+        return
+    new_raw.name = raw.name
+    _kept.append(buffer)
+    _renewed.add(id(stream))
+    io.TextIOWrapper.__init__(
+        stream,
+        kind(new_raw),  # type: ignore[arg-type]
+        encoding=encoding,
+        errors=errors,
+        line_buffering=line_buffering,
+        write_through=write_through,
+    )
 
 
-def _repair_streams() -> None:
-    streams = [getattr(sys, f"{dunder}{name}{dunder}", None)
-               for name in ("stdin", "stdout", "stderr") for dunder in ("__", "")]
+def _renew_logging() -> None:
     logging = sys.modules.get("logging")
+    if logging is None:
+        return
     for ref in list(getattr(logging, "_handlerList", ())):
         handler = ref() if isinstance(ref, weakref.ref) else ref
         # Not through a property: logging's last-resort handler has one.
-        streams.append(getattr(handler, "__dict__", {}).get("stream"))
-    for stream in {id(s): s for s in streams}.values():
-        _repair(stream)
+        state = getattr(handler, "__dict__", {})
+        _renew(state.get("stream"))
+        if isinstance(state.get("buffer"), list):  # a BufferingHandler: not flushed twice
+            state["buffer"] = []
+    atexit.register(logging.shutdown)
+
+
+def _reset_faulthandler() -> None:
+    """Its handlers are gone; were it still enabled, enable() would do nothing."""
+    faulthandler = sys.modules.get("faulthandler")
+    if faulthandler is not None and faulthandler.is_enabled():
+        faulthandler.disable()
 
 
 def _name_main_thread() -> None:
@@ -153,7 +212,15 @@ def run(call: tuple[Callable[..., object], tuple[object, ...]]) -> tuple[int, in
     fn, args = call
     try:
         result = fn(*args)
-        return RESULT, 0, pickle.dumps(result, protocol=5)
+        try:
+            return RESULT, 0, pickle.dumps(result, protocol=5)
+        except Exception as exc:
+            kind = type(result)
+            exc.add_note(
+                "The target returned, but its result cannot be pickled: it is of type "
+                f"{kind.__module__}.{kind.__qualname__}."
+            )
+            raise
     except SystemExit as exc:
         return 0, _exit_code(exc), b""
     except BaseException as exc:
@@ -165,7 +232,11 @@ def _exit_code(exc: SystemExit) -> int:
         return 0
     if isinstance(exc.code, int):
         return exc.code & 0xFF
-    print(exc.code, file=sys.stderr)
+    try:
+        if sys.stderr is not None:
+            print(exc.code, file=sys.stderr)
+    except Exception:
+        pass  # as CPython does: the exit code counts
     return 1
 
 
@@ -192,16 +263,21 @@ def describe(exc: BaseException) -> bytes:
 def restore(payload: bytes) -> BaseException:
     """The owner's side of describe(): the exception, with the remote traceback."""
     pickled, name, shown, text = pickle.loads(payload)
-    exc: BaseException
-    if pickled is None:
-        exc = _errors.RemoteError(name, shown, text)
-    else:
+    exc: BaseException = _errors.RemoteError(name, shown, text)
+    if pickled is not None:
         try:
-            exc = pickle.loads(pickled)
+            loaded = pickle.loads(pickled)
         except Exception as failure:
-            exc = _errors.RemoteError(name, shown, text)
             exc.add_note(f"it could not be unpickled here: {failure!r}")
-    exc.add_note(f"Traceback in the worker:\n{text.rstrip()}")
+        else:
+            if isinstance(loaded, BaseException):
+                exc = loaded
+    note = f"Traceback in the worker:\n{text.rstrip()}"
+    try:
+        exc.add_note(note)
+    except Exception:  # a class of its own mind
+        exc = _errors.RemoteError(name, shown, text)
+        exc.add_note(note)
     return exc
 
 

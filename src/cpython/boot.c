@@ -106,12 +106,12 @@ call_boot(PyObject *boot, int fd, int stage, PyObject *result)
 
 /* What the caller left in this interpreter, and the hooks that were parked. */
 static void
-settle(PyObject *boot, struct afk_forking *f)
+settle(PyObject *boot, const struct afk_job *job, struct afk_forking *f)
 {
     int fd = f->plan.status_fd;
 
     Py_DECREF(call_boot(boot, fd, ANYFORK_STAGE_PRELUDE,
-                        PyObject_CallMethod(boot, "repair_imports", NULL)));
+                        PyObject_CallMethod(boot, "repair_imports", "k", job->caller)));
     if (f->tm != NULL) { /* a twin */
         (void)PyThreadState_Swap(f->tm);
         if (f->parked)
@@ -182,7 +182,7 @@ afk_boot_run(PyObject *boot, const struct afk_job *job, struct afk_forking *f)
     /* Not for the worker's own forked children. Out of memory: they keep them. */
     (void)afk_lifeline_register(fd);
     (void)afk_lifeline_register(f->plan.life_fd);
-    settle(boot, f);
+    settle(boot, job, f);
     if (job->kind == AFK_JOB_C)
         report(fd, AFK_REPORT_READY, 0, 0, NULL, 0);
     int code = run_target(boot, job, fd);

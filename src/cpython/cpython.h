@@ -165,6 +165,7 @@ struct afk_job {
     PyObject *callable, *args;  /* borrowed: the caller keeps them */
     const char *pickle;
     size_t pickle_size;
+    unsigned long caller; /* the thread that asked; filled by afk_start() */
 };
 /* In the parent, with a thread state of the target's interpreter: the Python
  * part must be there before the fork. Returns a new reference or NULL with

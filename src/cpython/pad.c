@@ -173,6 +173,8 @@ pad_main(void *arg)
     struct pad *p = arg;
     wait_for(&p->wake); /* the first request: answered when the pad is up */
     struct request *first = atomic_exchange(&p->request, NULL);
+    if (first == NULL) /* stopped before it was ever asked */
+        return NULL;
     PyThreadState *ts = make_interpreter(&first->error);
     if (ts == NULL) {
         int requested = REQUESTED;
@@ -329,12 +331,7 @@ bring_up(int64_t deadline, struct anyfork_error *reterr)
         return AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_THREAD, errnum, "launch pad");
     }
     pad = p;
-    int r = ask(p, &(struct afk_pad_work){.job = came_up}, deadline, reterr);
-    if (r < 0 && (r == ANYFORK_ESYSTEM && !atomic_load(&p->failed))) {
-        /* The request itself could not be made: the thread still waits for it. */
-        atomic_store(&p->request, NULL);
-    }
-    return r;
+    return ask(p, &(struct afk_pad_work){.job = came_up}, deadline, reterr);
 }
 
 static int

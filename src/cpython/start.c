@@ -88,9 +88,12 @@ free_pad_start(void *arg)
 }
 
 int
-afk_start(const struct afk_method *method, const struct afk_job *job,
+afk_start(const struct afk_method *method, const struct afk_job *asked,
           struct anyfork_child **ret_child, struct anyfork_error *reterr)
 {
+    struct afk_job with_caller = *asked;
+    const struct afk_job *job = &with_caller;
+    with_caller.caller = PyThread_get_thread_ident();
     bool in_main = PyInterpreterState_Get() == PyInterpreterState_Main();
     int r = afk_check_caller(reterr);
     if (r == 0)
