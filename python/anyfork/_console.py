@@ -37,7 +37,7 @@ def _rich_console(stream: Any) -> Any:
 def table(
     headers: Sequence[str], rows: Sequence[Sequence[str]], *, right: Collection[int] = ()
 ) -> None:
-    """Print a table; columns in ``right`` are aligned to the right."""
+    """Print a table; columns in ``right`` are aligned to the right, headers may have lines."""
     console = _rich_console(sys.stdout)
     if console is None:
         _plain_table(headers, rows, right)
@@ -46,7 +46,7 @@ def table(
     from rich.table import Table
     from rich.text import Text
 
-    grid = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    grid = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold", collapse_padding=True)
     for i, header in enumerate(headers):
         grid.add_column(header, justify="right" if i in right else "left", overflow="fold")
     for row in rows:
@@ -57,8 +57,11 @@ def table(
 def _plain_table(
     headers: Sequence[str], rows: Sequence[Sequence[str]], right: Collection[int]
 ) -> None:
-    widths = [max(len(row[i]) for row in [headers, *rows]) for i in range(len(headers))]
-    for row in [headers, ["-" * width for width in widths], *rows]:
+    height = max(header.count("\n") for header in headers) + 1
+    columns = [[*[""] * height, *header.split("\n")][-height:] for header in headers]
+    heads = [[column[i] for column in columns] for i in range(height)]
+    widths = [max(len(row[i]) for row in [*heads, *rows]) for i in range(len(headers))]
+    for row in [*heads, ["-" * width for width in widths], *rows]:
         cells = (
             cell.rjust(width) if i in right else cell.ljust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))

@@ -7,6 +7,7 @@ poll(2), on that thread: their handles belong to it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -614,10 +615,22 @@ def command(path: str | None, workers: int, as_json: bool) -> int:
         job = Job(files, digests, min(workers, len(files)))
         parent = Parent()
         with _lab.SubInterpreter("isolated") as interp:
-            lines = trio.run(run_batches, job, interp, parent, bar)
+            lines: list[Batch | Gap] | None = None
+            with contextlib.suppress(KeyboardInterrupt):
+                # Not between a start and the moment its handle is kept.
+                lines = trio.run(
+                    run_batches,
+                    job,
+                    interp,
+                    parent,
+                    bar,
+                    restrict_keyboard_interrupt_to_checkpoints=True,
+                )
             alive = interp.call(os.getpid) == os.getpid()
         for thread in parent.threads:
             thread.join()
+    if lines is None:
+        raise KeyboardInterrupt
     left = sorted(_lab.children())
     problems = _problems(lines, left, alive)
     if as_json:
@@ -684,14 +697,14 @@ def _show(
             rows.append([line.method, line.started_from, *["-"] * 6, f"{verdict} (see below)"])
             continue
         ok = not line.problems and line.verified + line.changed == line.files
-        verdict = f"{'ok' if ok else 'FAILED'} {line.verified}/{line.files}"
+        verdict = f"ok {line.verified}" if ok else f"FAILED {line.verified}/{line.files}"
         rows.append(
             [
                 line.method,
                 line.started_from,
                 line.runs_in,
                 str(line.workers),
-                f"{line.start_ms:.1f} ms",
+                f"{line.start_ms:.{1 if line.start_ms < 100 else 0}f} ms",
                 f"{line.first_result_ms:.0f} ms",
                 str(line.files),
                 f"{line.mb_per_s:.0f}",
@@ -699,8 +712,8 @@ def _show(
             ]
         )
     _console.table(
-        ["method", "started from", "trio ran in", "workers", "start (median)", "first result",
-         "files", "MB/s", "verified"],
+        ["method", "started\nfrom", "trio\nran in", "workers", "start\n(median)",
+         "first\nresult", "files", "MB/s", "verified"],
         rows,
         right=[3, 4, 5, 6, 7],
     )

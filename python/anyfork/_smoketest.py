@@ -269,7 +269,7 @@ class Outcome(NamedTuple):
     verdict: str  # ok, FAILED or skipped
     outcome: str
     seconds: float
-    output: str
+    output: str  # the scenario's own notes, and all of stderr if it failed
 
 
 def has_trio() -> bool:
@@ -284,7 +284,7 @@ def judge(scenario: Scenario, trial: _lab.Trial) -> Outcome:
     if scenario.on_stderr and scenario.on_stderr not in trial.stderr:
         ok = False
         outcome += f", without {scenario.on_stderr} on stderr"
-    output = (trial.stdout + trial.stderr).strip()
+    output = (trial.stdout if ok else trial.stdout + trial.stderr).strip()
     return Outcome(scenario, "ok" if ok else "FAILED", outcome, trial.seconds, output)
 
 
@@ -304,9 +304,8 @@ def _show(outcome: Outcome) -> None:
         expected += f", with {scenario.on_stderr} on stderr"
     _console.field("expected", expected + (f" ({scenario.note})" if scenario.note else ""))
     _console.field("outcome", outcome.outcome)
-    if outcome.output and (outcome.verdict == "FAILED" or not scenario.on_stderr):
-        for line in outcome.output.splitlines()[-30:]:
-            print(f"    | {line}")
+    for line in outcome.output.splitlines()[-30:]:
+        print(f"    | {line}")
     _console.field("verdict", f"{outcome.verdict} ({outcome.seconds:.2f} s)")
     print(flush=True)
 
