@@ -440,6 +440,35 @@ walk_frames(uint64_t frame_previous, const PyThreadState *ts)
     return -1;
 }
 
+static _Thread_local const struct table *probed;
+static _Thread_local int probe_result;
+
+static PyObject *
+probe_stack(PyObject *Py_UNUSED(self), PyObject *Py_UNUSED(args))
+{
+    probe_result = walk_frames(probed->frame.previous, PyThreadState_Get());
+    Py_RETURN_NONE;
+}
+static PyMethodDef probe_def = {"probe", probe_stack, METH_NOARGS, NULL};
+
+/* Asked from inside a Python frame: a caller in C may have none. */
+static const char *
+check_stack(const struct table *t)
+{
+    PyObject *globals = PyDict_New(), *probe = PyCFunction_New(&probe_def, NULL), *r = NULL;
+    probed = t;
+    probe_result = -1;
+    if (globals != NULL && probe != NULL &&
+        PyDict_SetItemString(globals, "__builtins__", PyEval_GetBuiltins()) == 0 &&
+        PyDict_SetItemString(globals, "probe", probe) == 0)
+        r = PyRun_String("probe()", Py_eval_input, globals, globals);
+    PyErr_Clear();
+    Py_XDECREF(r);
+    Py_XDECREF(probe);
+    Py_XDECREF(globals);
+    return probe_result == 1 ? NULL : "no entry frame of this thread on its C stack";
+}
+
 /* ---- discovery -------------------------------------------------------------------- */
 
 void
@@ -510,12 +539,10 @@ afk_layout_discover(const struct afk_layout_source *source, struct afk_layout *l
     if (hooks != NULL)
         refuse(lo, AFK_FEATURE_HOOKS, hooks);
 
+    const char *stack = hop != NULL ? hop : check_stack(&t);
     lo->state[AFK_FEATURE_STACK] = AFK_READY;
-    if (walk_frames(t.frame.previous, PyThreadState_Get()) != 1)
-        refuse(lo, AFK_FEATURE_STACK,
-               has_frames(PyThreadState_Get())
-                   ? "no entry frame of this thread on its C stack"
-                   : "no Python frame on this thread to prove it by");
+    if (stack != NULL)
+        refuse(lo, AFK_FEATURE_STACK, stack);
 }
 
 /* 0 unknown, 1 being discovered, 2 known. No lock: a fork may come at any time,
