@@ -1,0 +1,4 @@
+import anyfork
+anyfork.install(strict=True)
+
+from hosted import application
