@@ -18,9 +18,16 @@ import threading
 import traceback
 import weakref
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 from . import _errors
+
+_faulthandler: Any
+try:
+    import faulthandler as _faulthandler
+except ImportError:  # an isolated interpreter: nor can the target import it there
+    _faulthandler = None
 
 # Half-imported modules are not destroyed: their finalizers are not ours to run.
 _kept: list[object] = []
@@ -32,30 +39,30 @@ READY, ERROR, RESULT, RAISED, EXIT = 1, 2, 3, 4, 5
 
 
 def repair_imports(caller: int) -> None:
-    """Drop modules that a dead thread was importing, and forget its import locks.
+    """Drop modules that dead threads were importing, and forget all import locks.
 
     Resetting only the lock would let the next import "succeed" with half a
-    module. What the thread that asked for this worker was importing stays, for
-    the target comes from there: importing it again would start workers again. If
-    that thread is this very one it holds those locks itself.
+    module. What the thread that asked for this worker was importing stays as it
+    is, for the target comes from there: importing it again would start workers
+    again, and nobody would ever finish it here, so that a thread that waits for
+    its lock would wait for ever.
     """
     me = _thread.get_ident()
     locks = _frozen_importlib._module_locks
+    half: list[str] = []
     for name, ref in list(locks.items()):
-        lock = ref()
-        owner = getattr(lock, "owner", None)
-        if lock is None or owner is None or owner == me:
-            continue
+        # One without an owner too: a dead thread may have been about to take it.
         locks.pop(name, None)
         module = sys.modules.get(name)
-        if module is None or not _is_initializing(module):
+        if not _is_initializing(module):
             continue
-        if owner == caller:
+        if getattr(ref(), "owner", None) in (me, caller):
             module.__spec__._initializing = False  # type: ignore[union-attr]
         else:
-            _kept.append(module)
-            del sys.modules[name]
+            half.append(name)
     _frozen_importlib._blocking_on.clear()
+    for name in _with_half(half):
+        _kept.append(sys.modules.pop(name))
 
 
 def _is_initializing(module: object) -> bool:
@@ -68,8 +75,8 @@ def _with_half(half: list[str]) -> set[str]:
     submodules of a package (a new package would lack them as attributes), and
     what has a half module among its globals (a circular import). Not extension
     modules: some refuse to be loaded twice."""
-    names = set(half)
-    while True:
+    names = more = set(half)
+    while more:
         prefixes = tuple(f"{name}." for name in names)
         gone = {id(sys.modules[name]) for name in names}
         more = {
@@ -84,9 +91,8 @@ def _with_half(half: list[str]) -> set[str]:
                 or any(id(value) in gone for value in list(vars(module).values()))
             )
         }
-        if not names or not more:
-            return names
-        names |= more
+        names = names | more
+    return names
 
 
 def forget_finalizers() -> None:
@@ -173,9 +179,8 @@ def _renew_logging() -> None:
 
 def _reset_faulthandler() -> None:
     """Its handlers are gone; were it still enabled, enable() would do nothing."""
-    faulthandler = sys.modules.get("faulthandler")
-    if faulthandler is not None and faulthandler.is_enabled():
-        faulthandler.disable()
+    if _faulthandler is not None and _faulthandler.is_enabled():
+        _faulthandler.disable()
 
 
 def _name_main_thread() -> None:

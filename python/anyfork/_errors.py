@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno as _errno
 import os
+import resource
 import signal
 
 _DOCS = "docs/methods.md"
@@ -97,8 +98,6 @@ def describe_status(status: int | None) -> str:
 
 
 def _descriptor_limit() -> str:
-    import resource
-
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     return f"the limit of open files is {soft} (RLIMIT_NOFILE, hard limit {hard})"
 
