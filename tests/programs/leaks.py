@@ -12,10 +12,9 @@ import sys
 import time
 from typing import Any
 
+import anyfork
 import outcomes
 import subint
-
-import anyfork
 from anyfork import _anyfork
 
 WARM_UP = 50

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import ctypes
 import os
-import signal
 import sys
 import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
 
+import anyfork
 import child_checks
 import outcomes
 import subint
-
-import anyfork
 
 
 def fork_of(name: str) -> Callable[[], int]:
@@ -79,8 +77,8 @@ def _hooks_seen(fork: Callable[[], int]) -> list[str]:
         ("child", "after_in_child"),
     ):
         for n in (1, 2):
-            hook = (lambda when=when, n=n: os.write(w, f"{mark}{when}{n} ".encode()))
-            os.register_at_fork(**{key: hook})  # type: ignore[call-overload]
+            word = f"{mark}{when}{n} ".encode()
+            os.register_at_fork(**{key: lambda word=word: os.write(w, word)})
     assert outcomes.in_child(fork, lambda: None) == 0
     words = [word.removeprefix(mark) for word in os.read(r, 4096).decode().split()]
     # Two processes write: the order of each is its own.
@@ -270,9 +268,12 @@ def many_threads() -> list[int | None]:
 
 
 def exit_with_datetime() -> None:
-    """CPython alone: a normal exit after a legacy sub-interpreter imported datetime."""
-    with subint.interpreter("legacy") as made:
-        made.run("import datetime")
+    """CPython alone: two interpreters imported datetime, the older one goes first."""
+    made = [subint.Interpreter(kind) for kind in ("isolated", "legacy")]
+    for interpreter in made:
+        interpreter.run("import datetime")
+    for interpreter in made:
+        interpreter.destroy()
     sys.exit(0)
 
 

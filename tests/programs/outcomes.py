@@ -28,7 +28,7 @@ def wait(pid: int, limit: float = LIMIT) -> int | None:
     return None if hung else code
 
 
-def in_child(fork: Callable[[], int], work: Callable[[], object], limit: float = LIMIT) -> int | None:
+def in_child(fork: Callable[[], int], work: Callable[[], object]) -> int | None:
     """Fork; the child calls work() and ends with 0, or shows the error and ends with 1."""
     pid = fork()
     if pid == 0:
@@ -43,7 +43,7 @@ def in_child(fork: Callable[[], int], work: Callable[[], object], limit: float =
                 sys.stderr.flush()
             finally:
                 os._exit(code)
-    return wait(pid, limit)
+    return wait(pid)
 
 
 def tell(value: Any) -> None:

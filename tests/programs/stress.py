@@ -20,10 +20,9 @@ import sys
 import threading
 import time
 
+import anyfork
 import outcomes
 import subint
-
-import anyfork
 from anyfork import _anyfork
 
 RECORD = struct.Struct("=id")  # exit code, milliseconds; a write of this size is atomic
@@ -165,7 +164,7 @@ def collect(r: int, n: int, progress: bool) -> tuple[list[int], list[float]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(usage=(__doc__ or "").split("\n", 1)[0].removeprefix("usage: "))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[2])
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--interpreters", type=int, default=4)
     parser.add_argument("--threads", type=int, default=3)

@@ -12,11 +12,10 @@ import sys
 import tempfile
 from collections.abc import Iterator
 
+import anyfork
 import child_checks
 import outcomes
 import subint
-
-import anyfork
 
 interpreter_id = -1
 

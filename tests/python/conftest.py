@@ -22,13 +22,12 @@ import pytest
 PROGRAMS = Path(__file__).resolve().parent.parent / "programs"
 sys.path.insert(0, str(PROGRAMS))
 
-import known_outcomes  # noqa: E402
-
 import anyfork  # noqa: E402
+import known_outcomes  # noqa: E402
 from anyfork import _anyfork  # noqa: E402
 
 FORKS_AT_SCALE_1 = 2000
-DEFAULT_SCALE = 0.25
+DEFAULT_SCALE = 0.1
 SETTLE_SECONDS = 10.0
 
 
