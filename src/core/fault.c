@@ -47,6 +47,19 @@ afk_fault_arm(unsigned nth, int errnum, bool for_good)
     atomic_store(&due, nth);
 }
 
+/* The faults are the parent's path's: a child goes its way. Async-signal-safe. */
+static void
+in_forked_child(void)
+{
+    atomic_store(&due, 0);
+}
+
+__attribute__((constructor)) static void
+loaded(void)
+{
+    afk_at_fork_child(in_forked_child);
+}
+
 unsigned afk_fault_hits(void) { return atomic_load(&hits); }
 unsigned afk_fault_points(void) { return atomic_load(&points); }
 const char *afk_fault_last(void) { return atomic_load(&last); }
