@@ -17,6 +17,25 @@
 
 #pragma GCC poison malloc calloc realloc free printf exit abort
 
+/* Whether the owner's byte has been read. */
+static bool owner_holds_us;
+
+/* One byte: the owner holds a pidfd of us. Until then we must not end, for who
+ * reaps us would free our number. End of file: the owner is gone. */
+static void
+await_owner(int fd)
+{
+    char go;
+    ssize_t n;
+
+    do
+        n = read(fd, &go, 1);
+    while (n < 0 && errno == EINTR);
+    if (n != 1)
+        _exit(AFK_EXIT_ORPHANED);
+    owner_holds_us = true;
+}
+
 _Noreturn void
 afk_child_give_up(const struct afk_plan *plan, int stage, int errnum, const char *detail)
 {
@@ -26,8 +45,11 @@ afk_child_give_up(const struct afk_plan *plan, int stage, int errnum, const char
                                 .sys_errno = errnum};
     for (unsigned i = 0; i + 1 < sizeof report.detail && detail[i] != '\0'; i++)
         report.detail[i] = detail[i];
-    if (plan->status_fd >= 0)
+    if (plan->status_fd >= 0) {
         (void)!write(plan->status_fd, &report, sizeof report);
+        if (!owner_holds_us)
+            await_owner(plan->status_fd);
+    }
     _exit(AFK_EXIT_SETUP);
 }
 
@@ -68,17 +90,8 @@ reset_dispositions(struct afk_plan *plan)
 static void
 arm_lifeline(const struct afk_plan *plan)
 {
-    char go;
-    ssize_t n;
-
-    /* The owner's byte: it holds a pidfd of us. End of file: it is gone. */
-    do
-        n = read(plan->life_fd, &go, 1);
-    while (n < 0 && errno == EINTR);
-    if (n == 0)
-        _exit(AFK_EXIT_ORPHANED);
-    if (n < 0)
-        afk_child_give_up(plan, ANYFORK_STAGE_LIFELINE, errno, "read of the first byte");
+    /* Nothing is ever written to this pipe: that would be an event too, and
+     * pipe_write() of the kernel sends it after it has woken the reader. */
     int flags = fcntl(plan->life_fd, F_GETFL);
     if (fcntl(plan->life_fd, F_SETOWN, getpid()) < 0 ||
         fcntl(plan->life_fd, F_SETSIG, SIGKILL) < 0 || flags < 0 ||
@@ -109,6 +122,7 @@ take_terminal(const struct afk_plan *plan)
 void
 afk_child_repair(struct afk_plan *plan)
 {
+    owner_holds_us = false; /* the parent may be a worker itself */
     for (unsigned i = 0; i < plan->n_stores; i++)
         *plan->store[i].addr = plan->store[i].value;
     /* Before any signal can arrive: CPython's handler would write the number
@@ -119,6 +133,8 @@ afk_child_repair(struct afk_plan *plan)
         reset_dispositions(plan);
     if (plan->life_fd >= 0)
         arm_lifeline(plan);
+    if (plan->status_fd >= 0)
+        await_owner(plan->status_fd);
     if (plan->tty_fd >= 0)
         take_terminal(plan);
     /* Last here, and not after Python's hooks: processes and threads that those

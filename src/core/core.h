@@ -35,6 +35,7 @@ const char *afk_fault_last(void);
 
 /* ---- os_linux.c: system calls; each returns >= 0 or a negative errno ------ */
 int afk_os_pipe(int ret_fds[2], int flags);
+int afk_os_socketpair(int ret_fds[2]);
 int afk_os_dup_above(int fd, int lowest);
 int afk_os_pidfd_open(pid_t pid);
 int afk_os_pidfd_signal(int pidfd, int sig);
@@ -113,7 +114,7 @@ struct afk_plan {
     sigset_t child_mask;
     bool keep_mask;   /* the caller's mask, not child_mask */
     int life_fd;      /* the worker's read end of the lifeline, or -1 */
-    int status_fd;    /* the worker's write end of the status pipe, or -1 */
+    int status_fd;    /* the worker's end of the report socket, or -1 */
     int tty_fd;       /* slave of the new controlling terminal, or -1 */
     int tty_master_fd;
     sigset_t caller_mask; /* filled by afk_fork() */

@@ -12,6 +12,7 @@
 #include <pty.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
 #include <sys/wait.h>
@@ -35,6 +36,12 @@ int
 afk_os_pipe(int ret_fds[2], int flags)
 {
     return AFK_SYS("pipe2", result(pipe2(ret_fds, flags)));
+}
+
+int
+afk_os_socketpair(int ret_fds[2])
+{
+    return AFK_SYS("socketpair", result(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ret_fds)));
 }
 
 int

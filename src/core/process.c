@@ -1,5 +1,5 @@
 /*
- * One worker, as its owner sees it: two pipes, a pidfd, what the child reported
+ * One worker, as its owner sees it: a socket, a pipe, a pidfd, what the child reported
  * and how it ended.
  *
  * Rules: a handle belongs to the process that made it; in a forked child every
@@ -32,7 +32,7 @@ struct anyfork_child {
     unsigned generation;
     pid_t pid;
     int pidfd;
-    int status_fd;   /* read end, non-blocking; -1 after end-of-file */
+    int status_fd;   /* our end of the socket, non-blocking; -1 after end-of-file */
     int life_write;  /* closes with the owner: that is the lifeline */
     int life_read;   /* keeps the worker's read end alive though it closes its own */
     bool ready;
@@ -86,7 +86,7 @@ afk_child_new(struct anyfork_child **ret_child, struct afk_plan *plan,
               struct anyfork_error *reterr)
 {
     int status[2] = {-1, -1}, life[2] = {-1, -1};
-    const char *what = "status pipe";
+    const char *what = "report socket";
     struct anyfork_child *child = AFK_ALLOC("calloc(child)", calloc(1, sizeof *child));
     if (child == NULL)
         return AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_MEMORY, ENOMEM, "worker handle");
@@ -95,7 +95,7 @@ afk_child_new(struct anyfork_child **ret_child, struct afk_plan *plan,
     child->generation = afk_generation();
     child->pidfd = child->status_fd = child->life_write = child->life_read = -1;
 
-    int r = afk_os_pipe(status, O_CLOEXEC);
+    int r = afk_os_socketpair(status);
     if (r < 0)
         goto fail;
     child->status_fd = status[0];
@@ -177,7 +177,7 @@ afk_child_adopt(struct anyfork_child *child, pid_t pid, struct afk_plan *plan,
     if (r < 0)
         goto fail;
     stage = ANYFORK_STAGE_HANDSHAKE;
-    r = afk_os_write_all(child->life_write, "g", 1);
+    r = afk_os_write_all(child->status_fd, "g", 1);
     if (r < 0)
         goto fail;
     return 0;
