@@ -80,34 +80,45 @@ runs_third_interpreter(struct afk_forking *f)
     return third;
 }
 
-/* With main's GIL held nothing in main moves: which of its states are this
- * thread's? One of them becomes tm, the others survive in the child. */
+/* With main's GIL held its frames do not move: a state of main that runs on this
+ * stack is this thread's, and better than a fresh one. */
 static void
 settle_tm(struct afk_forking *f)
 {
     const struct afk_layout *lo = f->layout;
-    unsigned long me = PyThread_get_thread_ident();
     PyThreadState *better = NULL;
+
+    if (!f->fresh_tm)
+        return;
+    afk_head_lock(lo); /* states are made without the GIL */
+    for (PyThreadState *t = *afk_interp_threads(lo, f->main); t != NULL && better == NULL; t = t->next)
+        if (t != f->tm && is_usable(t) && afk_runs_on_this_stack(lo, t) == 1)
+            better = t;
+    afk_head_unlock(lo);
+    if (better == NULL)
+        return;
+    PyThreadState_Clear(f->tm);
+    PyThreadState_DeleteCurrent();
+    afk_attach(better);
+    f->tm = better;
+    f->fresh_tm = false;
+}
+
+/* This thread's other states in main survive in the child: those that run on its
+ * stack, and idle ones with its id, to which a host may go back. Under HEAD. */
+static void
+find_kept(struct afk_forking *f)
+{
+    const struct afk_layout *lo = f->layout;
+    unsigned long me = PyThread_get_thread_ident();
 
     f->n_keep = 0;
     for (PyThreadState *t = *afk_interp_threads(lo, f->main); t != NULL; t = t->next) {
-        if (t == f->tm || !is_usable(t))
+        if (t == f->tm || !is_usable(t) || f->n_keep == sizeof f->keep / sizeof *f->keep)
             continue;
         int here = afk_runs_on_this_stack(lo, t);
-        bool maybe = here < 0 && t->thread_id == me;
-        if (here != 1 && !maybe)
-            continue;
-        if (here == 1 && f->fresh_tm && better == NULL)
-            better = t;
-        else if (f->n_keep < sizeof f->keep / sizeof *f->keep)
+        if (here == 1 || (here < 0 && t->thread_id == me))
             f->keep[f->n_keep++] = t;
-    }
-    if (better != NULL) {
-        PyThreadState_Clear(f->tm);
-        PyThreadState_DeleteCurrent();
-        afk_attach(better);
-        f->tm = better;
-        f->fresh_tm = false;
     }
 }
 
@@ -157,6 +168,7 @@ plan_twin(struct afk_forking *f)
     PyInterpreterState *caller = f->ts->interp;
     void *me = (void *)PyThread_get_thread_ident();
 
+    find_kept(f);
     int r = afk_plan_store(plan, afk_runtime_head(lo), f->main);
     if (r == 0)
         r = afk_plan_store(plan, afk_interp_next(lo, f->main), NULL);
