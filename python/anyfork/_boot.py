@@ -48,7 +48,8 @@ def repair_imports(caller: int) -> None:
     its lock would wait for ever.
     """
     me = _thread.get_ident()
-    locks = _frozen_importlib._module_locks
+    importlib: Any = _frozen_importlib
+    locks = importlib._module_locks
     half: list[str] = []
     for name, ref in list(locks.items()):
         # One without an owner too: a dead thread may have been about to take it.
@@ -60,7 +61,7 @@ def repair_imports(caller: int) -> None:
             module.__spec__._initializing = False  # type: ignore[union-attr]
         else:
             half.append(name)
-    _frozen_importlib._blocking_on.clear()
+    importlib._blocking_on.clear()
     for name in _with_half(half):
         _kept.append(sys.modules.pop(name))
 
@@ -155,7 +156,7 @@ def _renew(stream: object) -> None:
     _renewed.add(id(stream))
     io.TextIOWrapper.__init__(
         stream,
-        kind(new_raw),  # type: ignore[arg-type]
+        kind(new_raw),
         encoding=encoding,
         errors=errors,
         line_buffering=line_buffering,
