@@ -8,6 +8,7 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/prctl.h>
+#include <sys/socket.h>
 #include <sys/wait.h>
 #include <termios.h>
 #include <unistd.h>
@@ -253,83 +254,104 @@ test_a_signal_before_the_repair_waits_until_after_it(void **state)
 {
     struct sigaction before;
     struct afk_plan plan;
-    int life[2];
+    int sockets[2];
     (void)state;
-    assert_int_equal(pipe2(life, O_CLOEXEC), 0);
+    assert_int_equal(afk_os_socketpair(sockets), 0);
     const struct sigaction mine = {.sa_handler = parents_handler};
     assert_int_equal(sigaction(SIGTERM, &mine, &before), 0);
     afk_plan_init(&plan);
     plan.dispositions = AFK_DISPOSITIONS_DEFAULT;
     plan.keep_mask = false;
-    plan.life_fd = life[0];
+    plan.status_fd = sockets[1];
     pid_t pid = afk_fork(&plan);
     if (pid == 0)
         _exit(waits_for_the_signal());
     assert_int_equal(kill(pid, SIGTERM), 0);
-    assert_int_equal(write(life[1], "g", 1), 1);
+    assert_int_equal(write(sockets[0], "g", 1), 1);
     assert_int_equal(reap(pid), SIGTERM);
     assert_int_equal(sigaction(SIGTERM, &before, NULL), 0);
-    (void)close(life[0]);
-    (void)close(life[1]);
+    (void)close(sockets[0]);
+    (void)close(sockets[1]);
 }
 
 /* ---- lifeline ------------------------------------------------------------------------- */
 
 static int say_zero(void) { return 0; }
 
+/* A child whose owner has closed its end of the lifeline, and perhaps has sent its
+ * byte; life_fd >= 0 stands in for the lifeline. */
 static int
-with_lifeline(bool byte, bool status_pipe, struct afk_report *ret_report, int life_fd_override)
+with_lifeline(bool byte, bool has_socket, struct afk_report *ret_report, int life_fd)
 {
     struct afk_plan plan;
-    int life[2], status[2], answer;
+    int life[2], sockets[2], answer;
     assert_int_equal(pipe2(life, O_CLOEXEC), 0);
-    assert_int_equal(pipe2(status, O_CLOEXEC), 0);
+    assert_int_equal(afk_os_socketpair(sockets), 0);
     if (byte)
-        assert_int_equal(write(life[1], "g", 1), 1);
-    (void)close(life[1]); /* the owner has gone */
+        assert_int_equal(write(sockets[0], "g", 1), 1);
+    else
+        assert_int_equal(shutdown(sockets[0], SHUT_WR), 0);
+    if (life_fd < 0)
+        (void)close(life[1]);
     afk_plan_init(&plan);
-    plan.life_fd = life_fd_override >= 0 ? life_fd_override : life[0];
-    plan.status_fd = status_pipe ? status[1] : -1;
+    plan.life_fd = life_fd >= 0 ? life_fd : life[0];
+    plan.status_fd = has_socket ? sockets[1] : -1;
     answer = child_answers(&plan, say_zero);
-    (void)close(status[1]);
+    (void)close(sockets[1]);
     if (ret_report != NULL)
-        assert_int_equal(afk_os_read(status[0], ret_report, sizeof *ret_report), sizeof *ret_report);
-    (void)close(status[0]);
+        assert_int_equal(afk_os_read(sockets[0], ret_report, sizeof *ret_report),
+                         sizeof *ret_report);
+    (void)close(sockets[0]);
     (void)close(life[0]);
+    if (life_fd >= 0)
+        (void)close(life[1]);
     return answer;
 }
 
 static void
 test_an_owner_that_died_first_is_noticed(void **state)
 {
+    int life[2];
     (void)state;
-    /* Before its byte; and between its byte and O_ASYNC. */
-    assert_int_equal(with_lifeline(false, false, NULL, -1), AFK_EXIT_ORPHANED);
-    assert_int_equal(with_lifeline(true, false, NULL, -1), AFK_EXIT_ORPHANED);
+    /* By its lifeline; and by its socket alone, before the byte. */
+    assert_int_equal(with_lifeline(true, true, NULL, -1), AFK_EXIT_ORPHANED);
+    assert_int_equal(pipe2(life, O_CLOEXEC), 0);
+    assert_int_equal(with_lifeline(false, true, NULL, life[0]), AFK_EXIT_ORPHANED);
+    (void)close(life[0]);
+    (void)close(life[1]);
+}
+
+/* fcntl(2) refuses F_GETFL of nothing. */
+static int
+no_fd(void)
+{
+    int fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
+    assert_true(fd >= 0);
+    int high = fcntl(fd, F_DUPFD_CLOEXEC, 100);
+    assert_true(high >= 0);
+    (void)close(fd);
+    (void)close(high);
+    return high;
 }
 
 static void
 test_a_lifeline_that_cannot_be_armed_is_reported(void **state)
 {
     struct afk_report report;
-    int fd = open("/dev/null", O_WRONLY | O_CLOEXEC); /* cannot be read */
     (void)state;
-    assert_int_equal(with_lifeline(true, true, &report, fd), AFK_EXIT_SETUP);
+    assert_int_equal(with_lifeline(true, true, &report, no_fd()), AFK_EXIT_SETUP);
     assert_int_equal(afk_report_check(&report), 0);
     assert_int_equal(report.kind, AFK_REPORT_ERROR);
     assert_int_equal(report.stage, ANYFORK_STAGE_LIFELINE);
     assert_int_equal(report.sys_errno, EBADF);
     assert_true(strlen(report.detail) > 0);
-    (void)close(fd);
 }
 
 static void
-test_giving_up_without_a_status_pipe_is_an_exit_code(void **state)
+test_giving_up_without_a_socket_is_an_exit_code(void **state)
 {
     (void)state;
-    int fd = open("/dev/null", O_WRONLY | O_CLOEXEC);
-    assert_int_equal(with_lifeline(true, false, NULL, fd), AFK_EXIT_SETUP);
-    (void)close(fd);
+    assert_int_equal(with_lifeline(true, false, NULL, no_fd()), AFK_EXIT_SETUP);
 }
 
 /* An owner that dies between the fork and its byte. */
@@ -405,21 +427,22 @@ test_what_is_no_terminal_is_reported(void **state)
 {
     struct afk_plan plan;
     struct afk_report report;
-    int fds[2], status[2];
+    int fds[2], sockets[2];
     (void)state;
     assert_int_equal(pipe2(fds, O_CLOEXEC), 0);
-    assert_int_equal(pipe2(status, O_CLOEXEC), 0);
+    assert_int_equal(afk_os_socketpair(sockets), 0);
+    assert_int_equal(write(sockets[0], "g", 1), 1);
     afk_plan_init(&plan);
     plan.tty_fd = fds[0];
     plan.tty_master_fd = fds[1];
-    plan.status_fd = status[1];
+    plan.status_fd = sockets[1];
     assert_int_equal(child_answers(&plan, say_zero), AFK_EXIT_SETUP);
-    assert_int_equal(afk_os_read(status[0], &report, sizeof report), sizeof report);
+    assert_int_equal(afk_os_read(sockets[0], &report, sizeof report), sizeof report);
     assert_int_equal(report.stage, ANYFORK_STAGE_PTY);
     assert_int_equal(report.sys_errno, ENOTTY);
     for (int i = 0; i < 2; i++) {
         (void)close(fds[i]);
-        (void)close(status[i]);
+        (void)close(sockets[i]);
     }
 }
 
@@ -436,7 +459,7 @@ main(void)
         CHECKED(test_a_signal_before_the_repair_waits_until_after_it),
         CHECKED(test_an_owner_that_died_first_is_noticed),
         CHECKED(test_a_lifeline_that_cannot_be_armed_is_reported),
-        CHECKED(test_giving_up_without_a_status_pipe_is_an_exit_code),
+        CHECKED(test_giving_up_without_a_socket_is_an_exit_code),
         CHECKED(test_an_owner_killed_before_its_byte),
         CHECKED(test_a_pty_is_the_childs_terminal),
         CHECKED(test_what_is_no_terminal_is_reported),

@@ -534,6 +534,46 @@ test_also_while_another_child_of_the_owner_lives(void **state)
     check_dies_with_owner((struct scene){.has_stranger = true, .closes_all = true});
 }
 
+/* A worker that is killed before its owner has a pidfd of it: its death is told by
+ * its wait status, and the owner gets no SIGPIPE. */
+static void
+test_a_worker_killed_before_its_byte(void **state)
+{
+    struct anyfork_child *child = NULL;
+    struct afk_plan plan;
+    siginfo_t info;
+    int status = -1;
+    (void)state;
+    (void)signal(SIGPIPE, SIG_DFL);
+    afk_plan_init(&plan);
+    assert_int_equal(afk_child_new(&child, &plan, NULL), 0);
+    pid_t pid = afk_fork(&plan);
+    if (pid == 0)
+        pause_for_ever();
+    assert_int_equal(kill(pid, SIGKILL), 0);
+    assert_int_equal(waitid(P_PID, (id_t)pid, &info, WEXITED | WNOWAIT), 0);
+    assert_int_equal(afk_child_adopt(child, pid, &plan, NULL), 0);
+    assert_int_equal(anyfork_child_wait(child, WAIT_NS, &status), 0);
+    assert_int_equal(status, SIGKILL);
+    assert_int_equal(view_of(child).read_errno, 0);
+    anyfork_child_close(child);
+
+    /* And after its owner's byte, which it has not read. */
+    afk_plan_init(&plan);
+    assert_int_equal(afk_child_new(&child, &plan, NULL), 0);
+    pid = afk_fork(&plan);
+    if (pid == 0)
+        pause_for_ever();
+    assert_int_equal(kill(pid, SIGSTOP), 0);
+    assert_int_equal(waitid(P_PID, (id_t)pid, &info, WSTOPPED), 0);
+    assert_int_equal(afk_child_adopt(child, pid, &plan, NULL), 0);
+    assert_int_equal(kill(pid, SIGKILL), 0);
+    assert_int_equal(anyfork_child_wait(child, WAIT_NS, &status), 0);
+    assert_int_equal(status, SIGKILL);
+    assert_int_equal(view_of(child).read_errno, 0);
+    anyfork_child_close(child);
+}
+
 /* ---- bounds ---------------------------------------------------------------------------- */
 
 static void
@@ -612,6 +652,7 @@ main(void)
         CHECKED(test_also_after_it_closed_every_fd),
         CHECKED(test_also_where_the_fd_numbers_have_holes),
         CHECKED(test_also_while_another_child_of_the_owner_lives),
+        CHECKED(test_a_worker_killed_before_its_byte),
         CHECKED(test_no_fd_left),
         CHECKED(test_many_workers_at_once),
     };
