@@ -46,6 +46,7 @@ int afk_os_pidfd_exit_info(int pidfd, int *ret_status);
 int afk_os_openpty(int *ret_master, int *ret_slave);
 ssize_t afk_os_read(int fd, void *buf, size_t size);
 int afk_os_write_all(int fd, const void *buf, size_t size);
+int afk_os_send_byte(int fd, char byte);
 void afk_os_close(int fd);
 int64_t afk_os_now_ns(void);
 /* Copies memory of this process, or fails with -EFAULT: never a signal. */

@@ -156,6 +156,17 @@ afk_os_write_all(int fd, const void *buf, size_t size)
     return 0;
 }
 
+/* A closed peer is an error, never a SIGPIPE. */
+int
+afk_os_send_byte(int fd, char byte)
+{
+    int r;
+    do
+        r = AFK_SYS("send", result(send(fd, &byte, 1, MSG_NOSIGNAL)));
+    while (r == -EINTR);
+    return r < 0 ? r : 0;
+}
+
 void
 afk_os_close(int fd)
 {

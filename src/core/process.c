@@ -177,8 +177,8 @@ afk_child_adopt(struct anyfork_child *child, pid_t pid, struct afk_plan *plan,
     if (r < 0)
         goto fail;
     stage = ANYFORK_STAGE_HANDSHAKE;
-    r = afk_os_write_all(child->status_fd, "g", 1);
-    if (r < 0)
+    r = afk_os_send_byte(child->status_fd, 'g');
+    if (r < 0 && r != -EPIPE) /* EPIPE: it is dead already, and its status will tell */
         goto fail;
     return 0;
 
@@ -255,7 +255,8 @@ drain(struct anyfork_child *child)
         if (n == -EAGAIN)
             return;
         if (n <= 0) {
-            child->read_errno = (int)-n;
+            /* It died before it read our byte, unix(7): an end like another. */
+            child->read_errno = n == -ECONNRESET ? 0 : (int)-n;
             end_of_reports(child);
             return;
         }
