@@ -11,6 +11,7 @@ from . import _anyfork
 
 _NAMES = ("fork", "forkpty")
 _originals: dict[tuple[str, str], Any] = {}
+_replacements: list[Any] = []
 
 
 def _refuse(name: str) -> Callable[[], Any]:
@@ -50,16 +51,23 @@ def install(*, strict: bool = False) -> None:
         if module is None:
             continue
         for name in _NAMES:
-            _originals.setdefault((module_name, name), getattr(module, name))
+            now = getattr(module, name)
             new = _refuse(name) if strict else getattr(_anyfork, name)
+            if now not in _replacements:
+                _originals[module_name, name] = now
+            _replacements.append(new)
             setattr(module, name, new)
 
 
 def uninstall() -> None:
-    """Put the functions back that :func:`install` replaced."""
+    """Put the functions back that :func:`install` replaced, unless somebody else
+    has replaced them since."""
     for (module_name, name), original in list(_originals.items()):
-        setattr(sys.modules[module_name], name, original)
+        module = sys.modules[module_name]
+        if getattr(module, name) in _replacements:
+            setattr(module, name, original)
     _originals.clear()
+    _replacements.clear()
 
 
 def is_installed() -> bool:
