@@ -42,6 +42,12 @@ def with_main(prepare: Callable[[], object]) -> Callable[[Check], Check]:
     return mark
 
 
+def keeps_descriptors(check: Check) -> Check:
+    """Something else than anyfork keeps descriptors after this check."""
+    check.keeps_descriptors = True  # type: ignore[attr-defined]
+    return check
+
+
 def available() -> list[str]:
     return [row.name for row in anyfork.methods() if row.available]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import builtins
+import contextlib
 import importlib
 import logging
 import logging.handlers
@@ -17,7 +18,6 @@ import threading
 import weakref
 from collections.abc import Callable
 
-import anyfork
 from attack_common import (
     LIMIT,
     available,
@@ -31,6 +31,8 @@ from attack_common import (
     until,
     with_main,
 )
+
+import anyfork
 
 # ---- locks that a thread of the parent holds -------------------------------------
 
@@ -63,10 +65,8 @@ class Blocked:
 
     @staticmethod
     def _write(call: Callable[[], object]) -> None:
-        try:
+        with contextlib.suppress(OSError):
             call()
-        except OSError:
-            pass
 
     def release(self) -> None:
         for r, _ in self.pipes:
@@ -77,10 +77,8 @@ class Blocked:
         self.logger.removeHandler(self.handler)
         logging.raiseExceptions = True
         for stream in self.streams:
-            try:
+            with contextlib.suppress(OSError):
                 stream.close()
-            except OSError:
-                pass
 
 
 def block_main() -> Callable[[], None]:
@@ -95,10 +93,8 @@ def use_all_streams() -> list[str]:
     for stream in streams:
         os.set_blocking(stream.fileno(), False)
     for use in (lambda: print("w"), lambda: sys.stderr.write("w\n"), lambda: logger.warning("w")):
-        try:
+        with contextlib.suppress(BlockingIOError):
             use()
-        except BlockingIOError:
-            pass
         done.append("used")
     # What is buffered cannot be written: the flush at the worker's end must not hang.
     for stream in streams:
@@ -277,10 +273,8 @@ def tee_in_main() -> Callable[[], None]:
 
 def write_through_tee() -> str:
     os.set_blocking(sys.stdout.stream.fileno(), False)  # type: ignore[attr-defined]
-    try:
+    with contextlib.suppress(BlockingIOError):
         print("w")
-    except BlockingIOError:
-        pass
     return "used"
 
 
@@ -807,10 +801,8 @@ def threads_of_the_worker(path: str) -> list[object]:
         threading.Event().wait()
 
     threading.Thread(target=late).start()
-    try:
+    with contextlib.suppress(RuntimeError):  # an isolated interpreter has no daemons
         threading.Thread(target=for_ever, daemon=True).start()
-    except RuntimeError:
-        pass  # an isolated interpreter has no daemon threads
     atexit.register(lambda: os.path.exists(path) or witness("atexit-before-threads"))
     go.set()
     return seen

@@ -1,0 +1,621 @@
+"""Attacks on what a worker sends back, on its loops, and on nesting."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import gc
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from typing import Any
+
+from attack_common import LIMIT, available, in_child, places, raises, same, status_of, twin_works
+
+import anyfork
+
+# ---- results and exceptions ----------------------------------------------------------
+
+
+class Lies(Exception):
+    def __reduce__(self) -> Any:
+        return str, ("I am no exception",)
+
+
+class NoText(Exception):
+    def __str__(self) -> str:
+        raise ZeroDivisionError("no text")
+
+    def __repr__(self) -> str:
+        raise ZeroDivisionError("no repr")
+
+
+class NeedsTwo(Exception):
+    """The classic: pickled well, unpickled never."""
+
+    def __init__(self, a: object, b: object) -> None:
+        super().__init__(f"{a} {b}")
+
+
+class KillsItsLoader(Exception):
+    def __reduce__(self) -> Any:
+        return os._exit, (77,)
+
+
+class OwnNotes(Exception):
+    __notes__ = 5
+
+    def add_note(self, note: str) -> None:
+        raise ZeroDivisionError("no notes")
+
+
+def fail_with(what: str) -> object:
+    match what:
+        case "local":
+
+            class Local(Exception):
+                pass
+
+            raise Local("of a function")
+        case "lies":
+            raise Lies("x")
+        case "notext":
+            raise NoText
+        case "two":
+            raise NeedsTwo(1, 2)
+        case "notes":
+            raise OwnNotes("x")
+        case "group":
+            raise ExceptionGroup("several", [ValueError(1), KeyError("k")])
+        case "cause":
+            try:
+                raise KeyError("inner")
+            except KeyError as exc:
+                raise ValueError("outer") from exc
+        case "interrupt":
+            raise KeyboardInterrupt
+        case "generator exit":
+            raise GeneratorExit
+        case "recursion":
+            return fail_with("recursion")
+        case "huge":
+            raise ValueError("x" * 20_000_000)
+        case "lock":
+            raise ValueError(threading.Lock())
+    raise AssertionError(what)
+
+
+def check_exceptions(place: str) -> None:
+    for method in available():
+
+        def failure(what: str, method: str = method) -> BaseException:
+            with anyfork.spawn(fail_with, what, method=method) as child:
+                exc = child.exception(LIMIT)
+                assert exc is not None
+                same(child.returncode, 1)
+                notes = "".join(getattr(exc, "__notes__", []))
+                assert "fail_with" in notes, (what, notes)
+                return exc
+
+        for what, kind in {
+            "local": anyfork.RemoteError,
+            "lies": anyfork.RemoteError,
+            "two": anyfork.RemoteError,
+            "notes": anyfork.RemoteError,
+            "lock": anyfork.RemoteError,
+            "group": ExceptionGroup,
+            "cause": ValueError,
+            "interrupt": KeyboardInterrupt,
+            "generator exit": GeneratorExit,
+            "recursion": RecursionError,
+        }.items():
+            exc = failure(what)
+            assert type(exc) is kind, (what, type(exc), exc)
+        assert "Local: of a function" in str(failure("local"))
+        assert "NeedsTwo: 1 2" in str(failure("two"))
+        assert "KeyError: 'inner'" in "".join(failure("cause").__notes__)
+        same(type(failure("notext")).__name__, "NoText")
+        if place == "main":
+            same(len(str(failure("huge"))), 20_000_000)
+
+
+def kill_the_loader() -> None:
+    raise KillsItsLoader
+
+
+def check_exception_that_kills(place: str) -> None:
+    """An exception is tried in the worker first: its owner never loads it."""
+    for method in available():
+        with anyfork.spawn(kill_the_loader, method=method) as child:
+            exc = child.exception(LIMIT)
+            assert isinstance(exc, anyfork.WorkerDied), exc
+            same(exc.returncode, 77)
+
+
+def make(what: str) -> object:
+    match what:
+        case "lambda":
+            return lambda: 1
+        case "generator":
+            return (x for x in ())
+        case "lock":
+            return threading.Lock()
+        case "deep":
+            value: list[object] = []
+            for _ in range(100_000):
+                value = [value]
+            return value
+        case "huge":
+            return b"x" * 100_000_000
+    return None
+
+
+def check_results(place: str) -> None:
+    for method in available():
+        same(anyfork.run(make, "none", method=method), None)
+        for what in ("lambda", "generator", "lock"):
+            with anyfork.spawn(make, what, method=method) as child:
+                exc = child.exception(LIMIT)
+            notes = "".join(getattr(exc, "__notes__", []))
+            assert "result cannot be pickled" in notes, (what, exc, notes)
+        with anyfork.spawn(make, "huge", method=method) as child:
+            same(len(child.result(LIMIT)), 100_000_000)
+            same(len(child.result()), 100_000_000)  # as often as one likes
+        with anyfork.spawn(len, b"y" * 50_000_000, method=method) as child:
+            same(child.result(LIMIT), 50_000_000)
+
+
+def leave(how: object) -> None:
+    if how == "os._exit":
+        os._exit(9)
+    if isinstance(how, str) and how.startswith("SIG"):
+        os.kill(os.getpid(), getattr(signal, how))
+        time.sleep(LIMIT)
+    sys.exit(how)
+
+
+def check_exits(place: str) -> None:
+    expected = {
+        None: 0,
+        0: 0,
+        3: 3,
+        255: 255,
+        256: 0,
+        -1: 255,
+        True: 1,
+        "a text": 1,
+        2.5: 1,
+        "os._exit": 9,
+        "SIGKILL": -9,
+        "SIGSEGV": -11,
+    }
+    for method in available():
+        for how, code in expected.items():
+            with anyfork.spawn(leave, how, method=method) as child:
+                same((how, child.wait(LIMIT)), (how, code))
+                exc = child.exception()
+                assert isinstance(exc, anyfork.WorkerDied), exc
+                same(exc.returncode, code)
+
+
+class Callable_:
+    def __call__(self, *args: object) -> object:
+        raise LookupError(args)
+
+    def method(self, x: int) -> int:
+        return x + 1
+
+
+def check_kinds_of_callables(place: str) -> None:
+    import functools
+
+    for method in available():
+        with anyfork.spawn(Callable_(), 1, 2, method=method) as child:
+            exc = child.exception(LIMIT)
+            assert isinstance(exc, LookupError), exc
+        same(anyfork.run(Callable_().method, 1, method=method), 2)
+        same(anyfork.run(functools.partial(int, "11"), 2, method=method), 3)
+        same(anyfork.run(dict, method=method), {})
+        with anyfork.spawn(int, "x", method=method) as child:
+            assert isinstance(child.exception(LIMIT), ValueError)
+    same(anyfork.run(lambda: place, method=available()[0]) if place == "main" else place, place)
+
+
+# ---- loops, contexts -----------------------------------------------------------------
+
+VARIABLE: contextvars.ContextVar[str] = contextvars.ContextVar("VARIABLE", default="default")
+
+
+def run_asyncio() -> list[object]:
+    async def main() -> int:
+        await asyncio.sleep(0)
+        await asyncio.to_thread(int)
+        process = await asyncio.create_subprocess_exec("true")
+        return await process.wait()
+
+    raises(RuntimeError, asyncio.get_running_loop)
+    return [asyncio.run(main()), VARIABLE.get(), asyncio.current_task.__name__]
+
+
+EXPECTED = [0, "default", "current_task"]
+
+
+@places("main", "legacy")
+def check_from_inside_asyncio(place: str) -> None:
+    if place == "legacy":
+        # asyncio's runner wants signal handlers and child watching of main
+        same(asyncio.run(asyncio.sleep(0, "ran")), "ran")
+
+    async def main(eager: bool) -> None:
+        loop = asyncio.get_running_loop()
+        if eager:
+            loop.set_task_factory(asyncio.eager_task_factory)
+        ticks = []
+
+        async def tick() -> None:
+            while True:
+                ticks.append(1)
+                await asyncio.sleep(0.001)
+
+        ticker = loop.create_task(tick())
+        await asyncio.sleep(0.01)
+        VARIABLE.set("the caller's")
+        for method in available():
+            if place == "legacy" and method == "fork":
+                continue  # no asyncio subprocess outside main
+
+            async def start(method: str = method) -> object:
+                return anyfork.run(run_asyncio, method=method)
+
+            same(await loop.create_task(start()), EXPECTED)
+            same(await asyncio.to_thread(anyfork.run, run_asyncio, method=method), EXPECTED)
+            child = anyfork.spawn(run_asyncio, method=method)
+            ready = asyncio.Event()
+            loop.add_reader(child.pidfd, ready.set)
+            await asyncio.wait_for(ready.wait(), LIMIT)
+            loop.remove_reader(child.pidfd)
+            same(child.result(0), EXPECTED)
+            child.close()
+        ticker.cancel()
+        assert VARIABLE.get() == "the caller's"
+
+    asyncio.run(main(False))
+    asyncio.run(main(True))
+
+
+def run_trio() -> list[object]:
+    import trio
+
+    async def main() -> int:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.sleep, 0)
+        return (await trio.run_process(["true"])).returncode
+
+    return [trio.run(main), VARIABLE.get()]
+
+
+@places("main")
+def check_from_inside_trio(place: str) -> None:
+    try:
+        import trio
+    except ImportError:
+        print("skipped: no trio")
+        return
+
+    async def main() -> None:
+        VARIABLE.set("the caller's")
+        for method in available():
+            same(anyfork.run(run_trio, method=method), [0, "default"])
+            same(
+                await trio.to_thread.run_sync(lambda m=method: anyfork.run(run_trio, method=m)),
+                [0, "default"],
+            )
+            with anyfork.spawn(run_trio, method=method) as child:
+                with trio.fail_after(LIMIT):
+                    await trio.lowlevel.wait_readable(child.pidfd)
+                same(child.result(0), [0, "default"])
+
+    trio.run(main)
+
+
+# ---- nesting -------------------------------------------------------------------------
+
+
+def nested(depth: int) -> int:
+    if depth == 0:
+        return 0
+    return 1 + max(anyfork.run(nested, depth - 1, method=m) for m in available())
+
+
+def check_nested(place: str) -> None:
+    for method in available():
+        with anyfork.spawn(nested, 2, method=method) as child:
+            same(child.result(LIMIT), 2)
+
+
+def fork_inside(how: str) -> str:
+    """The child of a worker must not speak for the worker."""
+    fork = os.fork if how == "os" else anyfork.fork
+    if how == "os" and not anyfork._anyfork.in_main():
+        anyfork.install()
+        fork = os.fork
+    pid = fork()
+    if pid == 0:
+        sys.exit(33)
+    same(status_of(pid), 33)
+    return "the worker"
+
+
+def fork_inside_and_be_killed() -> None:
+    pid = anyfork.fork()
+    if pid == 0:
+        sys.exit(33)
+    same(status_of(pid), 33)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fork_inside_and_raise() -> str:
+    pid = anyfork.fork()
+    if pid == 0:
+        raise ValueError("the child's")
+    status_of(pid)
+    return "the worker"
+
+
+def check_fork_inside_a_worker(place: str) -> None:
+    for method in available():
+        if place != "main" and method == "fork" and not twin_works():
+            continue
+        for how in ("os", "anyfork"):
+            with anyfork.spawn(fork_inside, how, method=method) as child:
+                same(child.result(LIMIT), "the worker")
+                same(child.returncode, 0)
+        with anyfork.spawn(fork_inside_and_raise, method=method) as child:
+            same(child.result(LIMIT), "the worker")
+        with anyfork.spawn(fork_inside_and_be_killed, method=method) as child:
+            same(child.wait(LIMIT), -signal.SIGKILL)
+
+
+def close_all_and_write(path: str) -> str:
+    os.closerange(0, 4096)
+    # The numbers of our pipes are free now: what opens there is the user's.
+    files = [open(f"{path}-{i}", "w") for i in range(20)]  # noqa: SIM115
+    for f in files:
+        f.write("mine")
+        f.close()
+    for i in range(20):
+        keep.append(open(f"{path}-{i}", "a"))  # noqa: SIM115
+    return "closed"
+
+
+keep: list[object] = []
+
+
+def check_worker_that_closes_all(place: str) -> None:
+    """The worker's records never go into a file of the user."""
+    with tempfile.TemporaryDirectory() as folder:
+        for method in available():
+            path = os.path.join(folder, method)
+            with anyfork.spawn(close_all_and_write, path, method=method) as child:
+                code = child.wait(LIMIT)
+                exc = child.exception()
+            for i in range(20):
+                with open(f"{path}-{i}") as f:
+                    same((method, i, f.read()), (method, i, "mine"))
+            same(code, 0)
+            assert isinstance(exc, anyfork.WorkerDied), exc
+
+
+def use_multiprocessing() -> list[int]:
+    import multiprocessing
+
+    context = multiprocessing.get_context("fork")
+    with context.Pool(2) as pool:
+        values = pool.map(abs, [-1, -2])
+    queue = context.SimpleQueue()
+    process = context.Process(target=queue.put, args=(3,))
+    process.start()
+    values.append(queue.get())
+    process.join(LIMIT)
+    return [*values, process.exitcode]
+
+
+def check_multiprocessing_in_a_worker(place: str) -> None:
+    for method in available():
+        if method == "fork" and place != "main":
+            continue  # os.fork is not there: see attack_install
+        with anyfork.spawn(use_multiprocessing, method=method) as child:
+            same(child.result(LIMIT), [1, 2, 3, 0])
+
+
+# ---- the handle ----------------------------------------------------------------------
+
+
+def wait_for_ever() -> None:
+    threading.Event().wait()
+
+
+def check_foreign_handle(place: str) -> None:
+    """In a forked child a handle raises, and touches nothing."""
+    for method in available():
+        child = anyfork.spawn(wait_for_ever, method=method)
+        try:
+
+            def body(child: anyfork.Child = child) -> list[str]:
+                calls = [
+                    child.wait, child.result, child.exception, child.kill, child.terminate,
+                    child.is_alive, child.wait_ready, lambda: child.wait(0),
+                ]  # fmt: skip
+                names = [type(raises(anyfork.SpawnError, call)).__name__ for call in calls]
+                assert "foreign" in repr(child)
+                child.close()
+                child.__del__()
+                return names
+
+            if place == "main" or twin_works():
+                same(in_child(body), repr(["SpawnError"] * 8).encode())
+            assert child.is_alive()
+        finally:
+            child.close()
+
+
+@places("main")
+def check_handle_in_a_child_of_os_fork(place: str) -> None:
+    """Also beside a launch pad: its interpreter must not make os.fork() deadly."""
+    for method in available():
+        child = anyfork.spawn(wait_for_ever, method=method)
+        try:
+            pid = os.fork()
+            if pid == 0:
+                del child
+                gc.collect()
+                os._exit(0)
+            same((method, status_of(pid)), (method, 0))
+            assert child.is_alive()
+        finally:
+            child.close()
+
+
+def check_handle_dropped(place: str) -> None:
+    for method in available():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            child = anyfork.spawn(wait_for_ever, method=method)
+            pid = child.pid
+            del child
+            gc.collect()
+        texts = [str(w.message) for w in caught if w.category is ResourceWarning]
+        caught.clear()  # its "source" is the handle
+        assert len(texts) == 1, texts
+        assert str(pid) in texts[0]
+        raises(ProcessLookupError, os.kill, pid, 0)  # dead and reaped
+
+
+def check_close_and_wait(place: str) -> None:
+    for method in available():
+        child = anyfork.spawn(wait_for_ever, method=method)
+        child.wait_ready(LIMIT)
+        child.close()
+        child.close()
+        same((child.returncode, child.wait(), child.is_alive()), (-9, -9, False))
+        assert isinstance(child.exception(), anyfork.WorkerDied)
+        child.kill()
+        same((child.pidfd, child.report_fd), (-1, -1))
+
+        # From several threads, one of which closes while the others wait.
+        for closes in (False, True):
+            child = anyfork.spawn(wait_for_ever, method=method)
+            started = threading.Barrier(5)
+            codes: list[object] = []
+
+            def wait(
+                child: anyfork.Child = child,
+                started: threading.Barrier = started,
+                codes: list[object] = codes,
+            ) -> None:
+                started.wait()
+                try:
+                    codes.append(child.wait(LIMIT))
+                except ValueError:
+                    codes.append(-9)  # closed before the wait began
+
+            threads = [threading.Thread(target=wait) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            started.wait()
+            if closes:
+                child.close()
+            else:
+                child.kill()
+            for thread in threads:
+                thread.join()
+            same(codes, [-9] * 4)
+            child.close()
+
+
+def check_timeouts(place: str) -> None:
+    for method in available():
+        with anyfork.spawn(wait_for_ever, method=method) as child:
+            for timeout in (0, 0.001, -5, False):
+                raises(TimeoutError, child.wait, timeout)
+            raises(TimeoutError, child.result, 0)
+            raises(ValueError, child.wait, float("nan"))
+            raises(TypeError, child.wait, "1")
+            raises(ValueError, child.signal, 1000)
+            raises(TypeError, child.signal, "9")
+            child.signal(0)
+            child.wait_ready(LIMIT)
+            same(child.returncode, None)
+
+
+@places("main")
+def check_status_is_not_lost(place: str) -> None:
+    """Whoever else reaps in this process, the EXIT record tells."""
+    for method in available():
+        stop: list[bool] = []
+
+        def thief(stop: list[bool] = stop) -> None:
+            while not stop:
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(-1, os.WNOHANG)
+
+        thread = threading.Thread(target=thief)
+        thread.start()
+        try:
+            for code in range(20):
+                with anyfork.spawn(sys.exit, code, method=method) as child:
+                    same(child.wait(LIMIT), code)
+        finally:
+            stop.append(True)
+            thread.join()
+        old = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        try:
+            for code in range(20):
+                with anyfork.spawn(sys.exit, code, method=method) as child:
+                    same(child.wait(LIMIT), code)
+            with anyfork.spawn(wait_for_ever, method=method) as child:
+                child.kill()
+                try:
+                    same(child.wait(LIMIT), -9)  # Linux 6.15 tells
+                except anyfork.WorkerDied as exc:
+                    same(exc.returncode, None)
+        finally:
+            signal.signal(signal.SIGCHLD, old)
+
+
+@places("main", "isolated")
+def check_many_at_once(place: str) -> None:
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard if hard < 0 else min(hard, 4096), hard))
+    try:
+        for method in available():
+            children = [anyfork.spawn(os.getpid, method=method) for _ in range(100)]
+            same([c.result(LIMIT) for c in children], [c.pid for c in children])
+            for child in children:
+                child.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def check_from_many_threads(place: str) -> None:
+    """Also while a thread of the worker's owner ends just after a start."""
+    for method in available():
+        got: list[object] = []
+
+        def start(method: str = method, got: list[object] = got) -> None:
+            for n in range(5):
+                got.append(anyfork.run(abs, -n, method=method))
+
+        threads = [threading.Thread(target=start) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        same(sorted(got), sorted(list(range(5)) * 4))
