@@ -46,7 +46,8 @@ def table(
     from rich.table import Table
     from rich.text import Text
 
-    grid = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold", collapse_padding=True)
+    grid = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    grid.collapse_padding, grid.show_edge = True, False
     for i, header in enumerate(headers):
         grid.add_column(header, justify="right" if i in right else "left", overflow="fold")
     for row in rows:

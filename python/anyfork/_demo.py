@@ -207,7 +207,9 @@ class Workers:
         self.progress_fd = progress_fd
         self.children: list[Child] = []
         self.start_seconds: list[float] = []
-        self.begin = time.perf_counter()
+        self.results: list[Hashed | None] = [None] * len(shares)
+        self.errors: list[str | None] = [None] * len(shares)
+        self.begin = self.end = time.perf_counter()
 
     def start_one(self) -> Child:
         share = self.shares[len(self.children)]
@@ -217,17 +219,20 @@ class Workers:
         self.children.append(child)
         return child
 
+    def collect(self, child: Child) -> None:
+        """What a worker that has ended has sent."""
+        nth = self.children.index(child)
+        self.end = time.perf_counter()
+        try:
+            self.results[nth] = child.result(0)
+        except Exception as exc:
+            self.errors[nth] = f"{type(exc).__name__}: {exc}"
+        child.close()
+
     def raw(self) -> Raw:
-        """Once all have ended."""
-        end = time.perf_counter()
-        results: list[Hashed | None] = []
-        errors: list[str | None] = []
-        for child in self.children:
-            exc = child.exception(0)
-            results.append(child.result(0) if exc is None else None)
-            errors.append(None if exc is None else f"{type(exc).__name__}: {exc}")
+        """Once all have been collected."""
         pids = [child.pid for child in self.children]
-        return Raw(self.begin, end, self.start_seconds, results, errors, pids)
+        return Raw(self.begin, self.end, self.start_seconds, self.results, self.errors, pids)
 
     def close(self) -> None:
         for child in self.children:
@@ -246,14 +251,14 @@ async def run_in_main(method: str, shares: list[list[bytes]], progress_fd: int) 
                     child = workers.start_one()
                 else:  # would only wait here, for the launch pad
                     child = await trio.to_thread.run_sync(workers.start_one)
-                nursery.start_soon(_wait_for, child)
+                nursery.start_soon(_wait_for, workers, child)
                 await trio.lowlevel.checkpoint()
         return workers.raw()
     finally:
         workers.close()
 
 
-async def _wait_for(child: Child) -> None:
+async def _wait_for(workers: Workers, child: Child) -> None:
     """Wait for a worker's end; reads its result meanwhile, or it could not write on."""
     import trio
 
@@ -266,6 +271,7 @@ async def _wait_for(child: Child) -> None:
             for fd in (child.pidfd, child.report_fd):
                 if fd >= 0:
                     nursery.start_soon(readable, fd, nursery.cancel_scope)
+    workers.collect(child)
 
 
 def run_here(method: str, shares: list[list[bytes]], progress_fd: int, stop_fd: int) -> Raw:
@@ -277,7 +283,13 @@ def run_here(method: str, shares: list[list[bytes]], progress_fd: int, stop_fd: 
     try:
         for _ in shares:
             workers.start_one()
-        while alive := [child for child in workers.children if child.is_alive()]:
+        alive = list(workers.children)
+        while True:
+            for child in [child for child in alive if not child.is_alive()]:
+                workers.collect(child)
+                alive.remove(child)
+            if not alive:
+                return workers.raw()
             poll = select.poll()
             poll.register(stop_fd, select.POLLIN)
             for child in alive:
@@ -286,7 +298,6 @@ def run_here(method: str, shares: list[list[bytes]], progress_fd: int, stop_fd: 
                         poll.register(fd, select.POLLIN)
             if any(fd == stop_fd for fd, _ in poll.poll()):
                 workers.close()
-        return workers.raw()
     finally:
         workers.close()
 
@@ -457,6 +468,16 @@ class FirstResult:
         os.close(self.write_fd)
 
 
+def _is_child(pid: int) -> bool:
+    """Whether a child of ours, running or not reaped, has that number. Asks about one:
+    to look through /proc means to wait for the busy threads at every file there."""
+    try:
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return True
+
+
 async def run_batch(
     job: Job,
     method: str,
@@ -469,7 +490,6 @@ async def run_batch(
 
     origin = "main" if interp is None else "isolated"
     bar.begin(f"{method} from {origin}", len(job.files))
-    before = _lab.children()
     parent.longest_pause = 0.0
     progress = FirstResult(bar)
     try:
@@ -484,9 +504,9 @@ async def run_batch(
     finally:
         progress.close()
     verified, changed, problems = job.check(raw)
-    left = _lab.children() - before
+    left = [pid for pid in raw.pids if _is_child(pid)]
     if left:
-        problems.append(f"processes left over: {sorted(left)}")
+        problems.append(f"processes left over: {left}")
     places = {result.in_main for result in raw.results if result is not None}
     runs_in = "/".join("main" if place else "isolated" for place in sorted(places)) or "-"
     seconds = raw.end - raw.begin
@@ -712,7 +732,7 @@ def _show(
             ]
         )
     _console.table(
-        ["method", "started\nfrom", "trio\nran in", "workers", "start\n(median)",
+        ["method", "started\nfrom", "trio\nran in", "workers", "median\nstart",
          "first\nresult", "files", "MB/s", "verified"],
         rows,
         right=[3, 4, 5, 6, 7],
