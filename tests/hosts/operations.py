@@ -22,7 +22,6 @@ _ROUND: dict[str, tuple[int, Callable[[int], object]]] = {
     "mp.Process": (2, lambda n: n),
     "mp.Pool": (1, lambda n: [n * n, (n + 1) ** 2, (n + 2) ** 2]),
     "mp.with_pool": (1, lambda n: [n * n]),
-    "executor": (1, lambda n: [n * n, (n + 1) ** 2]),
     "mp.Pipe": (2, lambda n: [n * n, 0]),
     "mp.Queue": (2, lambda n: [n * n, 0]),
     "refused": (2, lambda n: [True, True, n]),
