@@ -98,10 +98,17 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
 
 def kill_all(token: str) -> list[Process]:
     """Kill what is left of the server; return what was left."""
-    left = [p for p in of_server(token).values() if p.state != "Z"]
-    for process in left:
-        try:
-            os.kill(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-    return left
+    left: dict[int, Process] = {}
+    # Again, until a look finds nothing: one may have forked just before it was killed.
+    for _ in range(100):
+        alive = [p for p in of_server(token).values() if p.state != "Z"]
+        if not alive:
+            break
+        for process in alive:
+            left.setdefault(process.pid, process)
+            try:
+                os.kill(process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        time.sleep(0.05)
+    return list(left.values())
