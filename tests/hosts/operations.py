@@ -115,7 +115,7 @@ def load(port: int, requests: list[tuple[str, int]], concurrency: int) -> list[R
             with lock:
                 replies.append(reply)
 
-    clients = [threading.Thread(target=client) for _ in range(concurrency)]
+    clients = [threading.Thread(target=client, daemon=True) for _ in range(concurrency)]
     for thread in clients:
         thread.start()
     for thread in clients:
