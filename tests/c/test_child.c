@@ -361,7 +361,7 @@ test_an_owner_killed_before_its_byte(void **state)
     int fds[2];
     pid_t worker = 0;
     (void)state;
-    assert_int_equal(prctl(PR_SET_CHILD_SUBREAPER, 1), 0);
+    assert_int_equal(prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), 0);
     assert_int_equal(pipe2(fds, O_CLOEXEC), 0);
     pid_t boss = fork();
     if (boss == 0) {
@@ -380,7 +380,7 @@ test_an_owner_killed_before_its_byte(void **state)
     assert_int_equal(reap(boss), 0);
     int status = reap(worker); /* it noticed; or it was armed already, and killed */
     assert_true(status == AFK_EXIT_ORPHANED << 8 || status == SIGKILL);
-    assert_int_equal(prctl(PR_SET_CHILD_SUBREAPER, 0), 0);
+    assert_int_equal(prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0), 0);
     (void)close(fds[0]);
     (void)close(fds[1]);
 }

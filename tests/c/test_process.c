@@ -384,14 +384,14 @@ test_a_grandchild_does_not_delay_the_end(void **state)
     struct gate *gate = gate_new();
     int status = -1;
     (void)state;
-    assert_int_equal(prctl(PR_SET_CHILD_SUBREAPER, 1), 0);
+    assert_int_equal(prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), 0);
     struct anyfork_child *child = start_worker(leaves_a_grandchild, &gate);
     assert_int_equal(anyfork_child_wait(child, WAIT_NS, &status), 0);
     assert_int_equal(status, 6 << 8);
     anyfork_child_close(child);
     gate_open(gate);
     assert_true(waitpid(-1, &status, 0) > 0);
-    assert_int_equal(prctl(PR_SET_CHILD_SUBREAPER, 0), 0);
+    assert_int_equal(prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0), 0);
     gate_free(gate);
 }
 
@@ -481,7 +481,7 @@ check_dies_with_owner(struct scene scene)
 
     scene.ready = gate_new();
     scene.never = gate_new();
-    assert_int_equal(prctl(PR_SET_CHILD_SUBREAPER, 1), 0);
+    assert_int_equal(prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), 0);
     assert_int_equal(pipe2(fds, O_CLOEXEC), 0);
     pid_t boss = fork();
     if (boss == 0)
@@ -498,7 +498,7 @@ check_dies_with_owner(struct scene scene)
     gate_open(scene.never);
     while (waitpid(-1, NULL, 0) > 0)
         ;
-    assert_int_equal(prctl(PR_SET_CHILD_SUBREAPER, 0), 0);
+    assert_int_equal(prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0), 0);
     (void)close(fds[0]);
     (void)close(fds[1]);
     gate_free(scene.ready);
