@@ -19,9 +19,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import anyfork
 import outcomes
 import subint
+
+import anyfork
 from anyfork import _anyfork
 
 Check = Callable[[], object]

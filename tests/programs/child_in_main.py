@@ -10,10 +10,11 @@ import os
 import sys
 import tempfile
 
-import anyfork
 import child_checks
 import outcomes
 import subint
+
+import anyfork
 
 METHOD = {"legacy": "subint_fork", "isolated": "subint_fork", "pad": "subint_fork", "main": "fork"}
 

@@ -11,9 +11,10 @@ import gc
 import sys
 import threading
 
-import anyfork
 import outcomes
 import subint
+
+import anyfork
 
 
 def run(n: int) -> None:

@@ -1,7 +1,7 @@
 """usage: leaks.py KIND WAY N   (KIND: legacy isolated main; WAY: fork, or a method's name)
 
-What N forks leave in the parent. One line of JSON: {"forks", "bad", "before", "after"},
-the last two with counts of the interpreter, the process and the debug build.
+What rounds of N forks leave in the parent. One line of JSON: {"bad", "snapshots"}, with
+counts of the interpreter, the process and the debug build before and after each round.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ import sys
 import time
 from typing import Any
 
-import anyfork
 import outcomes
 import subint
+
+import anyfork
 from anyfork import _anyfork
 
 WARM_UP = 50
+ROUNDS = 3
 SETTLE_SECONDS = 5.0
 
 
@@ -64,9 +66,11 @@ def settled(before: dict[str, Any]) -> dict[str, Any]:
 
 def run(way: str, n: int) -> None:
     bad = [code for code in (one(way) for _ in range(WARM_UP)) if code != 0]
-    before = settled(snapshot())
-    bad += [code for code in (one(way) for _ in range(n)) if code != 0]
-    outcomes.tell({"forks": n, "bad": bad, "before": before, "after": settled(before)})
+    snapshots = [settled(snapshot())]
+    for _ in range(ROUNDS):
+        bad += [code for code in (one(way) for _ in range(n)) if code != 0]
+        snapshots.append(settled(snapshots[0]))
+    outcomes.tell({"bad": bad, "snapshots": snapshots})
 
 
 def main(kind: str, way: str, n: str) -> None:

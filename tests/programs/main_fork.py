@@ -14,10 +14,11 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import anyfork
 import child_checks
 import outcomes
 import subint
+
+import anyfork
 
 
 def fork_of(name: str) -> Callable[[], int]:

@@ -20,9 +20,10 @@ import sys
 import threading
 import time
 
-import anyfork
 import outcomes
 import subint
+
+import anyfork
 from anyfork import _anyfork
 
 RECORD = struct.Struct("=id")  # exit code, milliseconds; a write of this size is atomic

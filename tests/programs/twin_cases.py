@@ -15,10 +15,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import anyfork
 import child_checks
 import outcomes
 import subint
+
+import anyfork
 from anyfork import _anyfork
 
 

@@ -12,10 +12,11 @@ import sys
 import tempfile
 from collections.abc import Iterator
 
-import anyfork
 import child_checks
 import outcomes
 import subint
+
+import anyfork
 
 interpreter_id = -1
 

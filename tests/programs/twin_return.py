@@ -10,9 +10,10 @@ import os
 import sys
 import threading
 
-import anyfork
 import outcomes
 import subint
+
+import anyfork
 
 LEAVE = {
     "return": "",

@@ -22,8 +22,9 @@ import pytest
 PROGRAMS = Path(__file__).resolve().parent.parent / "programs"
 sys.path.insert(0, str(PROGRAMS))
 
-import anyfork  # noqa: E402
 import known_outcomes  # noqa: E402
+
+import anyfork  # noqa: E402
 from anyfork import _anyfork  # noqa: E402
 
 FORKS_AT_SCALE_1 = 2000

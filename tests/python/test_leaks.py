@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from typing import Any
 
 import pytest
 from conftest import FORKS_AT_SCALE_1, RunProgram
@@ -12,10 +14,15 @@ from known_outcomes import DEBUG, FREE_THREADED
 RSS_SLACK_KB = 8192 if DEBUG else 4096
 # One thread forks, so one is in use, and others may be about to be idle.
 MAX_HOLDERS = 4
-# The two snapshots themselves, and what the interpreter caches now and then.
-SLACK = 100
 
 twin = pytest.mark.skipif(FREE_THREADED, reason="twin fork is refused there")
+
+
+def least_growth(snapshots: list[dict[str, Any]], key: str) -> int:
+    """A leak of one per fork grows by n in every round; a cache that is filled once, by
+    some hundred, in one."""
+    values = [snapshot[key] for snapshot in snapshots]
+    return min(after - before for before, after in itertools.pairwise(values))
 
 
 @pytest.mark.timeout(900)
@@ -34,15 +41,15 @@ twin = pytest.mark.skipif(FREE_THREADED, reason="twin fork is refused there")
     ],
 )
 def test_nothing_is_left(run_program: RunProgram, scale: float, kind: str, way: str) -> None:
-    n = max(100, int(FORKS_AT_SCALE_1 * scale))
+    n = max(60, int(FORKS_AT_SCALE_1 * scale / 3))  # in each of three rounds
     row = json.loads(run_program("leaks", kind, way, n, timeout=800).out)
-    assert row["forks"] == n and row["bad"] == []
-    before, after = row["before"], row["after"]
-    for key in ("runtime", "interpreters", "fds", "other_threads"):
-        assert after[key] == before[key], key
-    assert after["holders"] <= MAX_HOLDERS
-    assert after["rss_kb"] - before["rss_kb"] < RSS_SLACK_KB
-    if DEBUG and not FREE_THREADED:
-        assert after["refs"] - before["refs"] < SLACK
+    assert row["bad"] == []
+    first, *later = row["snapshots"]
+    for after in later:
+        for key in ("runtime", "interpreters", "fds", "other_threads"):
+            assert after[key] == first[key], key
+        assert after["holders"] <= MAX_HOLDERS
+        assert after["rss_kb"] - first["rss_kb"] < RSS_SLACK_KB
     if not FREE_THREADED:
-        assert after["blocks"] - before["blocks"] < SLACK
+        for key in ("refs", "blocks"):
+            assert least_growth(row["snapshots"], key) < n / 2, key
