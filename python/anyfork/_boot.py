@@ -121,6 +121,7 @@ def prelude() -> None:
     _renew_logging()
     _reset_faulthandler()
     _name_main_thread()
+    _forget_executors()
     _reset_multiprocessing()
 
 
@@ -188,6 +189,20 @@ def _name_main_thread() -> None:
     thread = threading.current_thread()
     if isinstance(thread, threading.Thread):
         thread.name = "MainThread"
+
+
+def _forget_executors() -> None:
+    """The executors of dead threads: threading._shutdown() would wake them, through a
+    lock that their thread may have held at the fork (concurrent/futures/process.py,
+    _python_exit), and wait for ever."""
+    for name, attribute in (
+        ("concurrent.futures.thread", "_threads_queues"),
+        ("concurrent.futures.process", "_threads_wakeups"),
+    ):
+        table: Any = getattr(sys.modules.get(name), attribute, None)
+        if table is not None:
+            _kept.append(list(table.items()))
+            table.clear()
 
 
 def _reset_multiprocessing() -> None:

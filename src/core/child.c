@@ -77,10 +77,10 @@ reset_dispositions(struct afk_plan *plan)
          * status of the worker's own children away. */
         bool handler = (now.sa_flags & SA_SIGINFO) != 0 ||
                        (now.sa_handler != SIG_IGN && now.sa_handler != SIG_DFL);
-        if (handler)
+        if (handler || (now.sa_handler == SIG_IGN && sig == SIGCHLD)) {
             (void)sigaddset(&plan->had_handler, sig);
-        if (handler || (now.sa_handler == SIG_IGN && sig == SIGCHLD))
             (void)sigaction(sig, &dfl, NULL);
+        }
     }
 }
 

@@ -51,6 +51,10 @@ void afk_os_close(int fd);
 int64_t afk_os_now_ns(void);
 /* Copies memory of this process, or fails with -EFAULT: never a signal. */
 int afk_os_peek(void *dst, const void *src, size_t size);
+/* The same for `size` bytes at each of n addresses; ret_read[i] says whether the
+ * i-th could be read. ret_read is all false at the start. */
+void afk_os_peek_each(void *dst, const uintptr_t *addresses, size_t n, size_t size,
+                      bool *ret_read);
 
 /* ---- report.c: what a child tells its owner ------------------------------- */
 enum afk_report_kind {
@@ -119,7 +123,7 @@ struct afk_plan {
     int tty_fd;       /* slave of the new controlling terminal, or -1 */
     int tty_master_fd;
     sigset_t caller_mask; /* filled by afk_fork() */
-    sigset_t had_handler; /* filled in the child: signals that were reset from a handler */
+    sigset_t had_handler; /* filled in the child: signals that were reset to SIG_DFL */
 };
 void afk_plan_init(struct afk_plan *plan);
 /* Returns 0 or -ENOSPC. */

@@ -19,6 +19,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#define PEEK_BATCH 512 /* at most IOV_MAX */
+
 #ifndef SYS_pidfd_open
 #define SYS_pidfd_open 434
 #endif
@@ -206,4 +208,29 @@ afk_os_peek(void *dst, const void *src, size_t size)
     (void)close(fds[0]);
     (void)close(fds[1]);
     return r;
+}
+
+/* One system call for many addresses: it stops at the first that faults, and goes
+ * on after it. */
+void
+afk_os_peek_each(void *dst, const uintptr_t *addresses, size_t n, size_t size, bool *ret_read)
+{
+    struct iovec from[PEEK_BATCH];
+    size_t done = 0;
+
+    while (done < n) {
+        size_t batch = n - done < PEEK_BATCH ? n - done : PEEK_BATCH;
+        for (size_t i = 0; i < batch; i++)
+            from[i] = (struct iovec){(void *)addresses[done + i], size};
+        struct iovec to = {(char *)dst + done * size, batch * size};
+        ssize_t got = process_vm_readv(getpid(), &to, 1, from, batch, 0);
+        size_t whole = got < 0 ? 0 : (size_t)got / size;
+        for (size_t i = 0; i < whole; i++)
+            ret_read[done + i] = true;
+        done += whole;
+        if (whole < batch) { /* this one faults, or the call is forbidden */
+            ret_read[done] = afk_os_peek((char *)dst + done * size, (void *)addresses[done], size) == 0;
+            done++;
+        }
+    }
 }

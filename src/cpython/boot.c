@@ -11,6 +11,7 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 static char *package_parent;
@@ -63,13 +64,19 @@ afk_boot_prepare(struct anyfork_error *reterr)
 
 /* The fork generation of the worker itself. */
 static unsigned worker_generation;
+static struct stat report_socket;
 
 /* Nothing is said by a process that the target forked and that came back here:
  * the report belongs to the worker. */
 static void
 report(int fd, int kind, int stage, int value, const char *payload, size_t size)
 {
+    struct stat now;
     if (afk_generation() != worker_generation)
+        return;
+    /* The target may have closed all its descriptors, and opened others. */
+    if (fstat(fd, &now) < 0 || now.st_ino != report_socket.st_ino ||
+        now.st_dev != report_socket.st_dev)
         return;
     struct afk_report record = {.magic = AFK_REPORT_MAGIC,
                                 .kind = (uint16_t)kind,
@@ -179,6 +186,8 @@ afk_boot_run(PyObject *boot, const struct afk_job *job, struct afk_forking *f)
     int fd = f->plan.status_fd;
 
     worker_generation = afk_generation();
+    if (fstat(fd, &report_socket) < 0)
+        _exit(AFK_EXIT_PRELUDE);
     /* Not for the worker's own forked children. Out of memory: they keep them. */
     (void)afk_lifeline_register(fd);
     (void)afk_lifeline_register(f->plan.life_fd);

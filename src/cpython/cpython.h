@@ -63,6 +63,8 @@ const struct afk_layout *afk_layout(void);
 const char *afk_feature_name(enum afk_feature feature);
 /* 0, or ANYFORK_ELAYOUT with the reason in reterr. */
 int afk_layout_require(enum afk_feature feature, struct anyfork_error *reterr);
+/* In a forked child: out of the list, so that nothing there clears it. */
+void afk_unlink_interpreter(PyInterpreterState *interp);
 /* Twin fork turned out not to work after all. */
 void afk_layout_refuse(enum afk_feature feature, const char *why);
 

@@ -248,10 +248,15 @@ afk_clear_atexit(void)
     Py_XDECREF(atexit);
     /* weakref.finalize keeps a list of its own behind one atexit callback. */
     PyObject *boot = module_if_imported("anyfork._boot");
-    r = boot ? PyObject_CallMethod(boot, "forget_finalizers", NULL) : NULL;
-    if (boot != NULL && r == NULL)
+    /* Without it yet: a thread that does not exist here was importing the module. */
+    PyObject *forget = NULL;
+    if (boot != NULL && PyObject_GetOptionalAttrString(boot, "forget_finalizers", &forget) < 0)
+        PyErr_WriteUnraisable(boot);
+    r = forget ? PyObject_CallNoArgs(forget) : NULL;
+    if (forget != NULL && r == NULL)
         PyErr_WriteUnraisable(boot);
     Py_XDECREF(r);
+    Py_XDECREF(forget);
     Py_XDECREF(boot);
 }
 
@@ -290,14 +295,15 @@ afk_default_python_handlers(const sigset_t *reset)
     for (int sig = 1; signal != NULL && sig < NSIG; sig++) {
         if (sigismember(reset, sig) != 1)
             continue;
+        /* getsignal() is an int for SIG_DFL and SIG_IGN, and None for a C handler. */
         PyObject *handler = PyObject_CallMethod(signal, "getsignal", "i", sig);
-        PyObject *r = Py_None;
-        if (handler != NULL && PyCallable_Check(handler))
+        bool is_default = handler != NULL && PyLong_Check(handler) && PyLong_AsLong(handler) == 0;
+        PyObject *r = is_default ? Py_NewRef(Py_None) : NULL;
+        if (handler != NULL && !is_default)
             r = PyObject_CallMethod(signal, "signal", "ii", sig, 0); /* SIG_DFL */
-        if (handler == NULL || r == NULL)
+        if (r == NULL)
             PyErr_WriteUnraisable(signal);
-        if (r != Py_None)
-            Py_XDECREF(r);
+        Py_XDECREF(r);
         Py_XDECREF(handler);
     }
     Py_XDECREF(signal);

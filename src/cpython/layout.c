@@ -155,8 +155,9 @@ check_interpreters(const struct table *t)
     return NULL;
 }
 
-/* main_tstate is a state of main; or it dangles, as after a plain os.fork() in a
- * thread (CPython never repairs it there), and then nobody has main's id. */
+/* main_tstate lies behind main_thread, which is proved. It is a state of main; or
+ * it dangles, as after a plain os.fork() in a thread, where CPython never repairs
+ * it: then it is at least the address of something. It is only stored to. */
 static const char *
 check_main_tstate(const struct table *t, char *runtime)
 {
@@ -176,17 +177,19 @@ check_main_tstate(const struct table *t, char *runtime)
         return "runtime.main_thread";
     if (!peek_ptr(runtime, at + 8, &main_tstate) || main_tstate == NULL)
         return "runtime.main_tstate";
-    bool found = false, other = false;
     void *state = PyInterpreterState_ThreadHead(PyInterpreterState_Main());
     for (unsigned n = 0; state != NULL && n < STATES_MAX; n++) {
         PyThreadState copy;
+        if (state == main_tstate)
+            return NULL;
         if (afk_os_peek(&copy, state, sizeof copy) < 0)
             return "thread state list of main"; /* it changed: asked again */
-        found |= state == main_tstate;
-        other |= copy.thread_id == expected;
         state = copy.next;
     }
-    return !found && other ? "runtime.main_tstate" : NULL;
+    uintptr_t address = (uintptr_t)main_tstate;
+    return address < 65536 || address % sizeof(void *) != 0 || address >> 56 != 0
+               ? "runtime.main_tstate"
+               : NULL;
 }
 
 #ifndef Py_GIL_DISABLED
@@ -290,20 +293,15 @@ compare_words(const void *a, const void *b)
     return x < y ? -1 : x > y;
 }
 
-/* Whether `word` is the address of a list that ends with `last`. */
-static bool
-is_list_ending_with(uintptr_t word, PyObject *last)
+/* The last item of a list that was read, or NULL. */
+static PyObject *
+last_item(const PyListObject *list)
 {
-    PyListObject list;
     PyObject *item;
-    if (word < 4096 || word % sizeof(void *) != 0 ||
-        afk_os_peek(&list, (void *)word, sizeof list) < 0)
-        return false;
-    if (Py_TYPE((PyObject *)&list) != &PyList_Type || Py_SIZE(&list) < 1 ||
-        Py_SIZE(&list) > (1 << 24) || list.ob_item == NULL)
-        return false;
-    return afk_os_peek(&item, list.ob_item + Py_SIZE(&list) - 1, sizeof item) == 0 &&
-           item == last;
+    if (Py_TYPE((const PyObject *)list) != &PyList_Type || Py_SIZE(list) < 1 ||
+        Py_SIZE(list) > (1 << 24) || list->ob_item == NULL)
+        return NULL;
+    return afk_os_peek(&item, list->ob_item + Py_SIZE(list) - 1, sizeof item) == 0 ? item : NULL;
 }
 
 /* Three marks, registered at once, become the last item of three lists. The lists
@@ -322,6 +320,8 @@ find_hooks(struct afk_layout *lo, const struct table *t)
     PyObject *done = NULL;
     uintptr_t *words = NULL;
     unsigned char *hit = NULL;
+    PyListObject *lists = NULL;
+    bool *readable = NULL;
 
     if (kwargs == NULL || args == NULL || reg == NULL)
         goto out;
@@ -341,19 +341,27 @@ find_hooks(struct afk_layout *lo, const struct table *t)
     if (afk_os_peek(words, interp, n_words * sizeof *words) < 0)
         goto out;
     bad = "os.register_at_fork's lists not found";
-    /* Each distinct word is looked at once. */
+    /* Each distinct word that may be an address is looked at once. Objects are
+     * allocated on 8-byte boundaries below the kernel's half. */
     uintptr_t *sorted = words + n_words;
     memcpy(sorted, words, n_words * sizeof *words);
     qsort(sorted, n_words, sizeof *sorted, compare_words);
+    size_t n = 0;
     for (size_t i = 0; i < n_words; i++) {
-        if (i > 0 && sorted[i] == sorted[i - 1])
-            continue;
-        /* Objects are allocated on 8-byte boundaries below the kernel's half. */
-        if (sorted[i] % 8 != 0 || sorted[i] < 65536 || sorted[i] >> 56 != 0)
-            continue;
+        uintptr_t word = sorted[i];
+        if (word % 8 == 0 && word >= 65536 && word >> 56 == 0 && (n == 0 || word != sorted[n - 1]))
+            sorted[n++] = word;
+    }
+    lists = malloc((n + 1) * sizeof *lists);
+    readable = calloc(n + 1, sizeof *readable);
+    if (lists == NULL || readable == NULL)
+        goto out;
+    afk_os_peek_each(lists, sorted, n, sizeof *lists, readable);
+    for (size_t i = 0; i < n; i++) {
+        PyObject *last = readable[i] ? last_item(&lists[i]) : NULL;
         int which = 0;
-        for (int k = 0; k < 3 && which == 0; k++)
-            if (is_list_ending_with(sorted[i], marks[k]))
+        for (int k = 0; k < 3 && last != NULL; k++)
+            if (last == marks[k])
                 which = k + 1;
         if (which == 0)
             continue;
@@ -374,6 +382,8 @@ out:
     PyErr_Clear();
     free(words);
     free(hit);
+    free(lists);
+    free(readable);
     Py_XDECREF(done);
     Py_XDECREF(reg);
     Py_XDECREF(posix);
@@ -586,6 +596,23 @@ __attribute__((constructor)) static void
 loaded(void)
 {
     afk_at_fork_child(in_forked_child);
+}
+
+/* Async-signal-safe: loads and stores. Bounded, for the list may be torn where a
+ * program forked without CPython's knowing. */
+void
+afk_unlink_interpreter(PyInterpreterState *interp)
+{
+    if (atomic_load(&known) != 2 || here.state[AFK_FEATURE_HOP] != AFK_READY)
+        return;
+    PyInterpreterState **link = afk_runtime_head(&here);
+    for (unsigned n = 0; *link != NULL && n < INTERPRETERS_MAX; n++) {
+        if (*link == interp) {
+            *link = *afk_interp_next(&here, interp);
+            return;
+        }
+        link = afk_interp_next(&here, *link);
+    }
 }
 
 int

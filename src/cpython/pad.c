@@ -45,6 +45,7 @@ struct pad {
 
 static pthread_mutex_t door = PTHREAD_MUTEX_INITIALIZER; /* one request at a time */
 static struct pad *pad;
+static _Atomic(PyInterpreterState *) pad_interp; /* from its making to its end */
 static atomic_bool registered; /* with threading._register_atexit() */
 static atomic_bool stopped;    /* by it: Python is shutting down */
 static _Thread_local struct request *serving;
@@ -150,6 +151,7 @@ make_interpreter(struct anyfork_error *reterr)
                        status.err_msg ? status.err_msg : "cannot create an interpreter");
     }
     else {
+        atomic_store(&pad_interp, ts->interp);
         (void)PyThreadState_Swap(tm);
     }
     PyThreadState_Clear(tm);
@@ -195,6 +197,7 @@ pad_main(void *arg)
             break;
     }
     Py_EndInterpreter(ts);
+    atomic_store(&pad_interp, NULL);
     return NULL;
 }
 
@@ -417,10 +420,15 @@ afk_pad_is_running(void)
     return pad != NULL;
 }
 
-/* Async-signal-safe: stores only. The thread does not exist here. */
+/* Async-signal-safe: stores only. The thread does not exist here, and its
+ * interpreter must not be the one that makes a plain os.fork() of the host crash
+ * its child (gh-139759). */
 static void
 in_forked_child(void)
 {
+    PyInterpreterState *interp = atomic_exchange(&pad_interp, NULL);
+    if (interp != NULL)
+        afk_unlink_interpreter(interp);
     pad = NULL;
     serving = NULL;
     door = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;

@@ -18,7 +18,8 @@ ext_begin_finalizing(PyObject *module, PyObject *Py_UNUSED(args))
 static int
 check_finalizing(PyObject *module)
 {
-    if (!ext_state_of(module)->finalizing)
+    /* Said here: the package that makes other errors may be gone by now. */
+    if (!ext_state_of(module)->finalizing && !Py_IsFinalizing())
         return 0;
     PyErr_SetString(PyExc_PythonFinalizationError, "can't fork at interpreter shutdown");
     return -1;

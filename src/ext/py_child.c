@@ -167,9 +167,12 @@ child_wait(PyObject *op, PyObject *args)
             if (ns < 0)
                 ns = 0;
         }
-        Py_BEGIN_ALLOW_THREADS
+        /* A mere look keeps the GIL: beside busy threads it would be long in
+         * coming back. */
+        PyThreadState *ts = ns == 0 ? NULL : PyEval_SaveThread();
         r = afk_child_wait_step(child, until, ns);
-        Py_END_ALLOW_THREADS
+        if (ts != NULL)
+            PyEval_RestoreThread(ts);
         if (r != -EINTR)
             break;
         if (PyErr_CheckSignals() < 0) {
