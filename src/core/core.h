@@ -86,7 +86,7 @@ int afk_report_check(const struct afk_report *report);
 /* Counts forks between this process and the one that loaded the library. */
 unsigned afk_generation(void);
 /* Returns 0 or -ENOMEM; the fd is closed in forked children from here on. */
-int afk_lifeline_register(int fd);
+int afk_lifeline_register(int fd, bool is_write_end);
 /* Forgets and closes fd, in the order that no fork can race. */
 void afk_lifeline_close(int *fd);
 /* Runs `hook` in every forked child, async-signal-safe. At most 4. */

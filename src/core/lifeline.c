@@ -3,8 +3,10 @@
  * child: a foreign child that kept a lifeline's write end would keep the worker
  * alive after its owner.
  *
- * Rule: no locks (a fork may come from any thread at any time). A slot holds
- * fd + 1, so that zeroed memory is an empty table; chunks are never freed.
+ * Rules: no locks (a fork may come from any thread at any time). A slot is zero
+ * when empty, so that zeroed memory is an empty table; chunks are never freed. A
+ * forked child closes the write ends first: if it is the last to hold both ends
+ * of a lifeline, closing the read end first would leave nobody to be told.
  */
 #include "core.h"
 
@@ -22,6 +24,11 @@ struct chunk {
     _Atomic(struct chunk *) next;
 };
 
+/* A slot's value: fd + 1, and whether it is the write end of a lifeline. */
+#define WRITE_END (1 << 30)
+#define VALUE(fd, is_write_end) (((fd) + 1) | ((is_write_end) ? WRITE_END : 0))
+#define FD(value) (((value) & ~WRITE_END) - 1)
+
 static struct chunk first;
 static atomic_uint generation;
 static void (*hooks[HOOKS_MAX])(void);
@@ -33,11 +40,15 @@ static void
 in_forked_child(void)
 {
     atomic_fetch_add(&generation, 1);
-    for (struct chunk *c = &first; c != NULL; c = atomic_load(&c->next)) {
-        for (unsigned i = 0; i < SLOTS; i++) {
-            int fd = atomic_exchange(&c->slot[i], 0) - 1;
-            if (fd >= 0)
-                (void)close(fd);
+    for (int write_ends = 1; write_ends >= 0; write_ends--) {
+        for (struct chunk *c = &first; c != NULL; c = atomic_load(&c->next)) {
+            for (unsigned i = 0; i < SLOTS; i++) {
+                int value = atomic_load(&c->slot[i]);
+                if (value == 0 || (write_ends && (value & WRITE_END) == 0))
+                    continue;
+                atomic_store(&c->slot[i], 0);
+                (void)close(FD(value));
+            }
         }
     }
     for (unsigned i = 0; i < atomic_load(&n_hooks); i++)
@@ -69,13 +80,13 @@ afk_at_fork_child(void (*hook)(void))
 }
 
 int
-afk_lifeline_register(int fd)
+afk_lifeline_register(int fd, bool is_write_end)
 {
     struct chunk *c = &first;
     for (;;) {
         for (unsigned i = 0; i < SLOTS; i++) {
             int empty = 0;
-            if (atomic_compare_exchange_strong(&c->slot[i], &empty, fd + 1))
+            if (atomic_compare_exchange_strong(&c->slot[i], &empty, VALUE(fd, is_write_end)))
                 return 0;
         }
         struct chunk *next = atomic_load(&c->next);
@@ -99,10 +110,11 @@ afk_lifeline_close(int *fd)
         return;
     for (struct chunk *c = &first; c != NULL; c = atomic_load(&c->next)) {
         for (unsigned i = 0; i < SLOTS; i++) {
-            int mine = *fd + 1;
+            int mine = atomic_load(&c->slot[i]);
             /* Out of the table first: the other order would let a fork in
              * between close an innocent fd that got the same number. */
-            if (atomic_compare_exchange_strong(&c->slot[i], &mine, 0)) {
+            if (mine != 0 && FD(mine) == *fd &&
+                atomic_compare_exchange_strong(&c->slot[i], &mine, 0)) {
                 (void)close(*fd);
                 *fd = -1;
                 return;

@@ -100,7 +100,7 @@ afk_child_new(struct anyfork_child **ret_child, struct afk_plan *plan,
         goto fail;
     child->status_fd = status[0];
     status[0] = -1;
-    r = afk_lifeline_register(child->status_fd);
+    r = afk_lifeline_register(child->status_fd, false);
     if (r < 0)
         goto fail;
     (void)fcntl(child->status_fd, F_SETFL, O_NONBLOCK);
@@ -111,7 +111,7 @@ afk_child_new(struct anyfork_child **ret_child, struct afk_plan *plan,
         goto fail;
     child->life_read = life[0];
     life[0] = -1;
-    r = afk_lifeline_register(child->life_read);
+    r = afk_lifeline_register(child->life_read, false);
     if (r < 0)
         goto fail;
     /* A dying process closes its fds in ascending order, but the kernel takes
@@ -128,7 +128,7 @@ afk_child_new(struct anyfork_child **ret_child, struct afk_plan *plan,
     }
     child->life_write = life[1];
     life[1] = -1;
-    r = afk_lifeline_register(child->life_write);
+    r = afk_lifeline_register(child->life_write, true);
     if (r < 0)
         goto fail;
     r = afk_os_dup_above(child->life_read, 0);
@@ -173,7 +173,7 @@ afk_child_adopt(struct anyfork_child *child, pid_t pid, struct afk_plan *plan,
     if (r < 0)
         goto fail;
     child->pidfd = r;
-    r = afk_lifeline_register(r);
+    r = afk_lifeline_register(r, false);
     if (r < 0)
         goto fail;
     stage = ANYFORK_STAGE_HANDSHAKE;

@@ -189,8 +189,8 @@ afk_boot_run(PyObject *boot, const struct afk_job *job, struct afk_forking *f)
     if (fstat(fd, &report_socket) < 0)
         _exit(AFK_EXIT_PRELUDE);
     /* Not for the worker's own forked children. Out of memory: they keep them. */
-    (void)afk_lifeline_register(fd);
-    (void)afk_lifeline_register(f->plan.life_fd);
+    (void)afk_lifeline_register(fd, false);
+    (void)afk_lifeline_register(f->plan.life_fd, false);
     settle(boot, job, f);
     if (job->kind == AFK_JOB_C)
         report(fd, AFK_REPORT_READY, 0, 0, NULL, 0);

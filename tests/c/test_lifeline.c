@@ -44,7 +44,7 @@ test_a_registered_fd_is_closed_in_the_child_only(void **state)
     int fds[2] = {open_null(), open_null()};
     (void)state;
 
-    assert_int_equal(afk_lifeline_register(fds[0]), 0);
+    assert_int_equal(afk_lifeline_register(fds[0], false), 0);
     assert_int_equal(open_in_child(fds, 2), 1);
     assert_true(fd_is_open(fds[0]));
     int number = fds[0];
@@ -87,7 +87,7 @@ test_more_fds_than_one_chunk_holds(void **state)
     }
     for (int i = 0; i < MANY; i++) {
         fds[i] = open_null();
-        assert_int_equal(afk_lifeline_register(fds[i]), 0);
+        assert_int_equal(afk_lifeline_register(fds[i], false), 0);
     }
     assert_int_equal(open_in_child(fds, MANY), 0);
     for (int i = 0; i < MANY; i++)
@@ -97,7 +97,7 @@ test_more_fds_than_one_chunk_holds(void **state)
         afk_lifeline_close(&fds[i]);
     for (int i = 0; i < MANY; i += 2) {
         fds[i] = open_null();
-        assert_int_equal(afk_lifeline_register(fds[i]), 0);
+        assert_int_equal(afk_lifeline_register(fds[i], false), 0);
     }
     assert_int_equal(open_in_child(fds, MANY), 0);
     for (int i = 0; i < MANY; i++)
@@ -153,7 +153,7 @@ open_and_close(void *arg)
         int fd = open("/dev/null", O_RDWR | O_CLOEXEC);
         if (fd < 0)
             continue;
-        (void)afk_lifeline_register(fd);
+        (void)afk_lifeline_register(fd, false);
         afk_lifeline_close(&fd);
     }
     return NULL;
