@@ -70,6 +70,12 @@ def layout() -> dict[str, _State]:
 def runtime() -> _Runtime | None:
     """Counts for tests and doctor, racy by nature; None where hop is refused."""
 
+def default_signals() -> None:
+    """Give this process a worker's signal dispositions and an empty mask."""
+
+def set_disposition(sig: int, ignore: bool, /) -> None:
+    """SIG_IGN or SIG_DFL by sigaction(2), from any interpreter."""
+
 def in_main() -> bool:
     """Whether the caller is in the main interpreter."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -25,13 +26,50 @@ def _refuse(name: str) -> Callable[[], Any]:
     return refused
 
 
+class _Marker:
+    """multiprocessing keeps its after-fork functions by weak reference to such."""
+
+
+_marker = _Marker()
+_watching = False
+
+
+def _in_twin_child() -> None:
+    """What multiprocessing's children need where the host has handlers of its own
+    (Apache's turns SIGTERM into exit code 255) or blocks signals (uWSGI), and where
+    only main may call signal.signal()."""
+    if not is_installed():
+        return
+    util: Any = sys.modules.get("multiprocessing.util")
+    if util is not None:
+        util.register_after_fork(_marker, lambda _: _anyfork.default_signals())
+    original = signal.signal
+
+    def set_signal(signalnum: int, handler: Any) -> Any:
+        if handler not in (signal.SIG_IGN, signal.SIG_DFL):
+            return original(signalnum, handler)
+        before = signal.getsignal(signalnum)
+        _anyfork.set_disposition(int(signalnum), handler == signal.SIG_IGN)
+        return before
+
+    signal.signal = set_signal
+
+
+def _watch_forks() -> None:
+    global _watching
+    if not _watching:
+        os.register_at_fork(after_in_child=_in_twin_child)
+        _watching = True
+
+
 def install(*, strict: bool = False) -> None:
     """Make ``os.fork()`` and ``os.forkpty()`` of this interpreter work.
 
     They become :func:`anyfork.fork` and :func:`anyfork.forkpty`: with them
     ``pty``, pexpect, ``sh`` and multiprocessing's fork context work in a
-    sub-interpreter. In the main interpreter the child survives live
-    sub-interpreters (gh-139759).
+    sub-interpreter; children of multiprocessing get a worker's signal dispositions
+    there, and may call ``signal.signal()`` for SIG_IGN and SIG_DFL. In the main
+    interpreter the child survives live sub-interpreters (gh-139759).
 
     Args:
       strict: in a sub-interpreter, only replace the calls that would kill their
@@ -46,6 +84,8 @@ def install(*, strict: bool = False) -> None:
         return
     if not strict:
         _anyfork.check_fork()
+        if not in_main:
+            _watch_forks()
     for module_name in ("os", "posix"):
         module = sys.modules.get(module_name)
         if module is None:

@@ -54,8 +54,8 @@ afk_child_give_up(const struct afk_plan *plan, int stage, int errnum, const char
 }
 
 /* A host's C handlers too: Apache's makes a terminated child exit with 255. */
-static void
-reset_dispositions(struct afk_plan *plan)
+void
+afk_child_default_dispositions(sigset_t *ret_reset)
 {
     const struct sigaction dfl = {.sa_handler = SIG_DFL};
     struct sigaction now;
@@ -63,13 +63,6 @@ reset_dispositions(struct afk_plan *plan)
     for (int sig = 1; sig < NSIG; sig++) {
         if (sig == SIGKILL || sig == SIGSTOP)
             continue;
-        if (plan->dispositions == AFK_DISPOSITIONS_RESET_LISTED) {
-            if (sigismember(&plan->reset, sig) == 1) {
-                (void)sigaddset(&plan->had_handler, sig);
-                (void)sigaction(sig, &dfl, NULL);
-            }
-            continue;
-        }
         if (sigaction(sig, NULL, &now) < 0) /* glibc keeps two for itself */
             continue;
         /* An ignored signal stays ignored, as over an exec: nohup(1), and
@@ -78,6 +71,18 @@ reset_dispositions(struct afk_plan *plan)
         bool handler = (now.sa_flags & SA_SIGINFO) != 0 ||
                        (now.sa_handler != SIG_IGN && now.sa_handler != SIG_DFL);
         if (handler || (now.sa_handler == SIG_IGN && sig == SIGCHLD)) {
+            (void)sigaddset(ret_reset, sig);
+            (void)sigaction(sig, &dfl, NULL);
+        }
+    }
+}
+
+static void
+reset_listed(struct afk_plan *plan)
+{
+    const struct sigaction dfl = {.sa_handler = SIG_DFL};
+    for (int sig = 1; sig < NSIG; sig++) {
+        if (sigismember(&plan->reset, sig) == 1) {
             (void)sigaddset(&plan->had_handler, sig);
             (void)sigaction(sig, &dfl, NULL);
         }
@@ -129,8 +134,10 @@ afk_child_repair(struct afk_plan *plan)
      * into the pipe of the parent's event loop. */
     if (plan->set_wakeup_fd != NULL)
         (void)plan->set_wakeup_fd(-1);
-    if (plan->dispositions != AFK_DISPOSITIONS_KEEP)
-        reset_dispositions(plan);
+    if (plan->dispositions == AFK_DISPOSITIONS_DEFAULT)
+        afk_child_default_dispositions(&plan->had_handler);
+    else if (plan->dispositions == AFK_DISPOSITIONS_RESET_LISTED)
+        reset_listed(plan);
     if (plan->life_fd >= 0)
         arm_lifeline(plan);
     if (plan->status_fd >= 0)

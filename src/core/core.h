@@ -133,6 +133,8 @@ int afk_plan_store(struct afk_plan *plan, void *addr, void *value);
  * is returned. A negative errno means that there is no child. */
 pid_t afk_fork(struct afk_plan *plan);
 void afk_child_repair(struct afk_plan *plan);
+/* The rule for workers; adds what it reset. */
+void afk_child_default_dispositions(sigset_t *ret_reset);
 _Noreturn void afk_child_give_up(const struct afk_plan *plan, int stage, int errnum,
                                  const char *detail);
 

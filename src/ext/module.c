@@ -163,6 +163,33 @@ ext_check_fork(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(args))
     Py_RETURN_NONE;
 }
 
+/* For a child of install()ed os.fork() that is a worker of somebody's:
+ * multiprocessing's. A worker's dispositions and mask, by the same rule. */
+static PyObject *
+ext_default_signals(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(args))
+{
+    sigset_t reset, none;
+    (void)sigemptyset(&reset);
+    (void)sigemptyset(&none);
+    afk_child_default_dispositions(&reset);
+    (void)pthread_sigmask(SIG_SETMASK, &none, NULL);
+    Py_RETURN_NONE;
+}
+
+/* SIG_IGN or SIG_DFL, without Python's table, which belongs to main. */
+static PyObject *
+ext_set_disposition(PyObject *Py_UNUSED(module), PyObject *args)
+{
+    int sig, ignore;
+    struct sigaction action = {0};
+    if (!PyArg_ParseTuple(args, "ip", &sig, &ignore))
+        return NULL;
+    action.sa_handler = ignore ? SIG_IGN : SIG_DFL;
+    if (sigaction(sig, &action, NULL) < 0)
+        return PyErr_SetFromErrno(PyExc_OSError);
+    Py_RETURN_NONE;
+}
+
 static PyObject *
 ext_in_main(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(args))
 {
@@ -300,6 +327,8 @@ static PyMethodDef functions[] = {
     {"runtime", ext_runtime, METH_NOARGS, NULL},
     {"_layout_doctored", ext_layout_doctored, METH_VARARGS, NULL},
     {"_layout_table", ext_layout_table, METH_NOARGS, NULL},
+    {"default_signals", ext_default_signals, METH_NOARGS, NULL},
+    {"set_disposition", ext_set_disposition, METH_VARARGS, NULL},
     {"in_main", ext_in_main, METH_NOARGS, NULL},
     {"_begin_finalizing", ext_begin_finalizing, METH_NOARGS, NULL},
     {"_pad_stop", ext_pad_stop, METH_NOARGS, NULL},
