@@ -15,7 +15,21 @@ import sys
 import threading
 import time
 
-import anyfork
+slow_sibling = False
+
+
+def in_every_child() -> None:
+    """Runs before anyfork's own, between fork(2) and Python's hooks."""
+    if slow_sibling:
+        ctypes.PyDLL(None).usleep(2_000_000)
+
+
+# A pthread_atfork() that ctypes can reach; libraries' handlers run as registered.
+as_handler = ctypes.CFUNCTYPE(None)(in_every_child)
+if "slow-sibling" in sys.argv:
+    ctypes.CDLL(None).__register_atfork(None, None, as_handler, None)
+
+import anyfork  # noqa: E402
 
 PATIENCE = 120  # a worker that nobody ends, ends itself: with a status that tells
 
@@ -68,6 +82,12 @@ def worker(kind: str) -> None:
             child.wait()
 
 
+def wait_until_closed(pid: int) -> None:
+    end = time.monotonic() + 60
+    while os.listdir(f"/proc/{pid}/fd") and time.monotonic() < end:
+        time.sleep(0.001)
+
+
 def wait_for_workers(children: list[anyfork.Child], kind: str) -> None:
     for child in children:
         child.wait_ready(60)
@@ -91,6 +111,16 @@ def own(method: str, kind: str, death: str, microseconds: int) -> None:
             time.sleep(3)
             os._exit(0)
         start(1)
+        death = "kill"
+    elif death == "slow-sibling":
+        # It has not even closed its copies of our descriptors when we die, and
+        # the worker has closed its own.
+        global slow_sibling
+        start(1)
+        wait_until_closed(children[0].pid)
+        slow_sibling = True
+        if anyfork.fork() == 0:
+            os._exit(0)
         death = "kill"
     elif death == "random":
         start(1)

@@ -94,9 +94,6 @@ def checks(module: str) -> list[tuple[str, str]]:
 # What is known to fail, and why: strict, so that its repair removes it from here.
 KNOWN: dict[str, str] = {
     "check_thread_locals_of_the_parent": "the states of dead threads are destroyed, not left alone",
-    "check_dispositions_are_default": "getsignal() says None or SIG_IGN; the kernel, SIG_DFL",
-    "check_worker_that_closes_all": "records go to whatever has the number of their descriptor",
-    "check_handle_in_a_child_of_os_fork": "os.fork() dies of the pad's interpreter, gh-139759",
 }
 
 

@@ -16,6 +16,7 @@ DEATHS = {
     "kill": -signal.SIGKILL,
     "thread": -signal.SIGKILL,
     "sibling": -signal.SIGKILL,
+    "slow-sibling": -signal.SIGKILL,
     "_exit": 0,
     "segfault": -signal.SIGSEGV,
     "terminate": -signal.SIGTERM,
