@@ -13,6 +13,7 @@ where they do it has a `call` and no `line`.
 
 from __future__ import annotations
 
+import _interpreters
 import argparse
 import json
 import os
@@ -23,7 +24,6 @@ import threading
 import time
 from collections.abc import Callable
 
-import _interpreters
 import anyfork
 
 STAMP = struct.Struct("d")
@@ -129,7 +129,7 @@ class Bench:
         for interp in self.interpreters:
             _interpreters.destroy(interp)
 
-    def run(self, candidates: list[Candidate], rounds: int, progress: Callable[[int], None]) -> None:
+    def run(self, candidates: list[Candidate], rounds: int) -> None:
         for n in range(rounds + 3):
             for c in candidates:
                 start, spent = c.call()
@@ -137,7 +137,6 @@ class Bench:
                 if n >= 3:  # the first rounds warm caches
                     c.calls.append(spent)
                     c.lines.append(line)
-            progress(n)
 
 
 def ratio(mine: list[float], base: list[float]) -> float:
@@ -176,7 +175,7 @@ def measure(live: bool, rounds: int, heap_mb: int, busy: int) -> list[dict[str, 
             candidates.append(Candidate("method subint_fork", bench.row("subint_fork")))
         else:
             candidates.append(Candidate("method fork", bench.row("fork")))
-        bench.run(candidates, rounds, lambda n: None)
+        bench.run(candidates, rounds)
     finally:
         os.dup2(stderr, 2)
         os.close(stderr)
@@ -209,13 +208,13 @@ def _twin_works() -> bool:
         _interpreters.destroy(interp)
 
 
-def cell_in_subprocess(args: argparse.Namespace, live: bool, heap: int, busy: int) -> list[dict[str, object]]:
+def cell_in_subprocess(rounds: int, live: bool, heap: int, busy: int) -> list[dict[str, object]]:
     """Each cell has a process of its own, so that heaps do not add up."""
     import subprocess
 
     out = subprocess.run(
         [sys.executable, "-W", "ignore", __file__, "--cell", json.dumps([live, heap, busy]),
-         "--rounds", str(args.rounds)],
+         "--rounds", str(rounds)],
         stdout=subprocess.PIPE, check=True, timeout=1800).stdout
     rows: list[dict[str, object]] = json.loads(out)
     return rows
@@ -227,8 +226,8 @@ def show(rows: list[dict[str, object]]) -> None:
 
     table = Table(title=f"CPython {sys.version.split()[0]}: medians, and ratios to os.fork() "
                         "in the main interpreter of the same process")
-    for column in ("sub-interpreters", "heap MB", "busy", "candidate", "call µs", "× os.fork",
-                   "line µs", "× os.fork"):
+    for column in ("sub-interpreters", "heap MB", "busy", "candidate", "call µs", "ratio",
+                   "line µs", "ratio"):
         table.add_column(column, justify="left" if column == "candidate" else "right")
     for r in rows:
         table.add_row(
@@ -261,7 +260,7 @@ def main() -> int:
     for n, (live, heap, busy) in enumerate(cells, 1):
         print(f"[{n}/{len(cells)}] heap {heap} MB, {busy} busy threads, "
               f"{'live' if live else 'no'} sub-interpreters", file=sys.stderr, flush=True)
-        rows += cell_in_subprocess(args, live, heap, busy)
+        rows += cell_in_subprocess(args.rounds, live, heap, busy)
     if args.json:
         json.dump(rows, sys.stdout, indent=1)
         print()

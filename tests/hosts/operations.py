@@ -67,8 +67,8 @@ def mix(count: int, first: int = 0, without: Container[str] = ()) -> Iterator[tu
             if left[name] and made < count:
                 left[name] -= 1
                 n = first + made
-                # The log tells the lines of say apart by their n. Elsewhere an exit code fits in a byte; 0 would also be that of a child that
-                # did nothing.
+                # The log tells the lines of say apart by their n. Elsewhere an exit code
+                # fits in a byte; 0 would also be that of a child that did nothing.
                 yield name, n if name.startswith("say.") else 1 + n % 120
                 made += 1
 

@@ -12,8 +12,9 @@ import threading
 import time
 import weakref
 
-import anyfork
 from attack_common import status_of
+
+import anyfork
 
 LIMIT = 60.0
 

@@ -102,10 +102,10 @@ def left_behind(before: dict[str, object]) -> dict[str, object]:
 
 def changes(before: dict[str, object], after: dict[str, object]) -> dict[str, object]:
     changed = {key: (before[key], after[key]) for key in before if before[key] != after[key]}
-    if changed.pop("pad", None) == (False, True):
-        # The launch pad came up, and stays: with its interpreter, or on its way there.
-        if after["interpreters"] == before["interpreters"] + 1:  # type: ignore[operator]
-            del changed["interpreters"]
+    # The launch pad came up, and stays: with its interpreter, or on its way there.
+    one_more = after["interpreters"] == before["interpreters"] + 1  # type: ignore[operator]
+    if changed.pop("pad", None) == (False, True) and one_more:
+        del changed["interpreters"]
     return changed
 
 
@@ -240,7 +240,8 @@ def main() -> None:
         return
     with subint.interpreter(place) as made:
         made.run(
-            f"import json, fault_loop\nprint(json.dumps(fault_loop.loop(*{arguments!r})), flush=True)"
+            "import json, fault_loop\n"
+            f"print(json.dumps(fault_loop.loop(*{arguments!r})), flush=True)"
         )
 
 

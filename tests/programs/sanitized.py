@@ -13,8 +13,9 @@ import sys
 import sysconfig
 import threading
 
-import anyfork
 import subint
+
+import anyfork
 
 FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 

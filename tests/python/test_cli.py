@@ -9,6 +9,7 @@ import sys
 import sysconfig
 
 import pytest
+
 from anyfork import _anyfork, _cli, _console, _doctor
 
 COMMANDS = ("methods", "doctor", "smoketest", "demo")

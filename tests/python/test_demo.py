@@ -17,6 +17,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+
 from anyfork import _anyfork, _console, _demo, _lab
 
 FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))

@@ -53,7 +53,8 @@ def summary(request: pytest.FixtureRequest) -> None:
 def test_each_failing_call_is_reported_and_leaks_nothing(
     run_program: RunProgram, place: str, operation: str, how: str, warmth: str
 ) -> None:
-    if place != "main" and operation != "subint_fork" and sysconfig.get_config_var("Py_GIL_DISABLED"):
+    free_threaded = sysconfig.get_config_var("Py_GIL_DISABLED")
+    if place != "main" and operation != "subint_fork" and free_threaded:
         pytest.skip("no twin fork on a free-threaded build")
     arguments = (place, operation, how, warmth)
     found = json.loads(run_program("fault_loop", *arguments, timeout=500).out)

@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+
 from anyfork import _lab, _smoketest
 
 TIMEOUT = 300

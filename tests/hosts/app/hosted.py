@@ -21,11 +21,13 @@ import time
 import traceback
 import urllib.parse
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
-import anyfork
 import hosted_jobs as jobs
 import pexpect
+
+import anyfork
 from anyfork import _anyfork
 
 STRICT = "strict"
@@ -305,11 +307,11 @@ def collect(n: int) -> object:
 
 def refused(n: int) -> object:
     """With install(strict=True): the error comes before the fork."""
-    children = open(f"/proc/thread-self/children").read()
+    children = Path("/proc/thread-self/children").read_text()
     try:
         pid = os.fork()
     except RuntimeError as exc:
-        same = open(f"/proc/thread-self/children").read() == children
+        same = Path("/proc/thread-self/children").read_text() == children
         return ["anyfork.fork()" in str(exc), same, fork(n)]
     if pid == 0:
         os._exit(0)
