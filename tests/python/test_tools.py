@@ -112,8 +112,10 @@ def _compile_child(source: Path, into: Path) -> Path:
         pytest.skip("no C compiler and nm")
     obj = into / "src_core_child.c.o"
     subprocess.run(
-        [compiler, "-std=c11", "-O2", "-fPIC", "-D_GNU_SOURCE", "-w", "-c", str(source)]
-        + [f"-I{ROOT}/include", f"-I{ROOT}/src", f"-I{ROOT}/src/core", "-o", str(obj)],
+        [
+            *(compiler, "-std=c11", "-O2", "-fPIC", "-D_GNU_SOURCE", "-w", "-c", str(source)),
+            *(f"-I{ROOT}/include", f"-I{ROOT}/src", f"-I{ROOT}/src/core", "-o", str(obj)),
+        ],
         check=True,
         timeout=60,
     )
