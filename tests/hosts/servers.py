@@ -13,7 +13,6 @@ import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
 import processes
 
@@ -83,7 +82,6 @@ class Server:
     processes = PROCESSES
     exit_code = 0  # after SIGTERM
     # How a multiprocessing process ends that is asked to by SIGTERM, then by SIGKILL.
-    terminated_codes: tuple[int, ...] = (-15,)
     # Operations that cannot work under it, and why.
     without: Mapping[str, str] = {}
     # What it says at its end without anyfork as well.
@@ -176,7 +174,6 @@ class Apache(Server):
     name = "apache"
     # Its handler is C and survives a fork: exit(-1) in any process but the daemon
     # itself (mod_wsgi.c, wsgi_signal_handler).
-    terminated_codes = (255,)
 
     def find_module(self) -> str:
         path = f"/usr/lib/apache2/modules/mod_wsgi.so-{self.minor}"
@@ -233,12 +230,6 @@ class Uwsgi(Server):
 
     name = "uwsgi"
     options = ("master = true", f"processes = {PROCESSES}")
-    # Its request threads block SIGTERM, and a fork keeps the mask. The one of them that
-    # is the process's main thread does not, but has uWSGI's own handler: exit(30).
-    terminated_codes = (-9, 30)
-    without = MappingProxyType(
-        {"mp.with_pool": "its threads block SIGTERM, by which Pool.terminate() ends processes"}
-    )
     # It finalizes Python with its sub-interpreters alive.
     own_words = ("RuntimeWarning: remaining subinterpreters",)
 

@@ -119,7 +119,7 @@ def main(mode: str) -> None:
 
             def for_ever() -> None:
                 while True:
-                    start()
+                    try_to_start()
 
             threading.Thread(target=for_ever, daemon=True).start()
             time.sleep(0.05)

@@ -499,6 +499,9 @@ def leave_finalizers() -> Callable[[], None]:
     thing = Thing()
     parent_exit = lambda: os.getpid() == int(os.environ["ATTACK_PID"]) or witness("atexit")  # noqa: E731
     atexit.register(parent_exit)
+    exits = threading._threading_atexits  # type: ignore[attr-defined]
+    threading._register_atexit(parent_exit)  # type: ignore[attr-defined]
+    registered = exits[-1]
     finalize = weakref.finalize(thing, witness, "finalize")
     keep[:] = [folder, thing]
 
@@ -507,6 +510,7 @@ def leave_finalizers() -> Callable[[], None]:
         keep.clear()
         folder.cleanup()
         atexit.unregister(parent_exit)
+        exits.remove(registered)
 
     return back
 
@@ -578,6 +582,7 @@ def check_finalizers_in_twin_child(place: str) -> None:
         def body() -> str:
             atexit.register(witness, "own")
             keep.clear()
+            threading._shutdown()  # type: ignore[attr-defined]
             atexit._run_exitfuncs()
             return "done"
 

@@ -263,14 +263,20 @@ def mp_queue(n: int) -> object:
 
 
 def mp_terminate(n: int) -> object:
-    """Of what CPython's own code starts: the host's signal set-up is still there."""
-    process = mp.Process(target=jobs.sleep, args=(600,))
-    process.start()
-    process.terminate()
-    process.join(1)
-    if process.is_alive():
-        process.kill()
-    return end_of(process)
+    """Of what CPython's own code starts: with a worker's signal set-up once it runs."""
+    r, w = os.pipe()
+    try:
+        process = mp.Process(target=jobs.tell_and_sleep, args=(w, 600))
+        process.start()
+        select.select([r], [], [], PATIENCE)
+        process.terminate()
+        process.join(PATIENCE)
+        if process.is_alive():
+            process.kill()
+        return end_of(process)
+    finally:
+        os.close(r)
+        os.close(w)
 
 
 def mp_with_pool(n: int) -> object:
@@ -280,16 +286,10 @@ def mp_with_pool(n: int) -> object:
 
 
 def mp_manager(n: int) -> object:
-    """It cannot work: the manager's process calls signal.signal(), which CPython
-    allows in the main interpreter only, and ends."""
-    try:
-        with mp.Manager() as manager:
-            return manager.list([n])[0]
-    except EOFError:
-        end = time.monotonic() + PATIENCE
-        while mp.active_children() and time.monotonic() < end:  # which reaps it
-            time.sleep(0.001)
-        return "EOFError"
+    """The manager's process calls signal.signal(SIGINT, SIG_IGN) first thing, which
+    CPython allows in the main interpreter only."""
+    with mp.Manager() as manager:
+        return manager.list([n])[0]
 
 
 def executor(n: int) -> object:

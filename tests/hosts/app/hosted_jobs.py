@@ -3,6 +3,7 @@ in the main interpreter, which has never seen the application. So it imports lit
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from typing import Any
@@ -29,6 +30,11 @@ def leave(code: int) -> None:
 
 
 def sleep(seconds: float) -> None:
+    time.sleep(seconds)
+
+
+def tell_and_sleep(fd: int, seconds: float) -> None:
+    os.write(fd, b"x")
     time.sleep(seconds)
 
 
