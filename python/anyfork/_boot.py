@@ -21,7 +21,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from . import _errors
+from . import _anyfork, _errors
 
 _faulthandler: Any
 try:
@@ -108,6 +108,22 @@ def forget_finalizers() -> None:
             del finalize._registry[reference]
             _kept.append(info)
     finalize._registered_with_atexit = False
+    _forget_threading_exits()
+
+
+def _forget_threading_exits() -> None:
+    """threading has an atexit list of its own. On it stay those who stop what this
+    process may start itself: the threads of executors, and the launch pad."""
+    module: Any = threading
+    module._threading_atexits.clear()
+    module._SHUTTING_DOWN = False
+    for name in ("thread", "process"):
+        futures = sys.modules.get(f"concurrent.futures.{name}")
+        stop = getattr(futures, "_python_exit", None)
+        if stop is not None:
+            module._register_atexit(stop)
+    if _anyfork.in_main():
+        module._register_atexit(_anyfork._pad_stop)
 
 
 # ---- the prelude ------------------------------------------------------------------
