@@ -128,14 +128,14 @@ def test_the_child_calls_only_what_is_safe(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("call", ["usleep(1)", "setenv(0, 0, 0)", "pthread_mutex_lock(0)"])
-def test_a_child_that_calls_more_is_found(tmp_path: Path, call: str) -> None:
+@pytest.mark.parametrize("name", ["puts", "setenv", "pthread_mutex_lock"])
+def test_a_child_that_calls_more_is_found(tmp_path: Path, name: str) -> None:
     source = tmp_path / "child.c"
     shutil.copy(ROOT / "src/core/child.c", source)
-    _append(source, f"int doctored(void) {{ return (int){call}; }}\n")
+    _append(source, f"extern int {name}();\nvoid *doctored(void) {{ return (void *){name}; }}\n")
     done = _run("check_child.py", _compile_child(source, tmp_path))
     assert done.returncode == 1
-    assert call.partition("(")[0] in done.stdout
+    assert name in done.stdout
 
 
 def test_a_child_that_is_not_there_is_an_error(tmp_path: Path) -> None:
