@@ -131,9 +131,10 @@ def judge(exc: BaseException | None, call: str | None, hits: int, errnum: int, g
         return ""
     if not hits:
         return f"failed without a fault: {exc!r}"
-    if isinstance(exc, anyfork.WorkerDied):
-        # EAGAIN of a read says that there is nothing to read.
-        return "" if errnum == errno.EAGAIN else f"not a SpawnError: {exc!r}"
+    # EAGAIN of a read says that there is nothing to read: "it sent nothing".
+    silent = isinstance(exc, anyfork.WorkerDied) or getattr(exc, "stage", "") == "child"
+    if silent and errnum == errno.EAGAIN:
+        return ""
     if not isinstance(exc, anyfork.SpawnError) or isinstance(exc, anyfork.MethodUnavailable):
         return f"not a SpawnError: {exc!r}"
     wanted = errno.ENOMEM if exc.stage == "memory" else errnum
