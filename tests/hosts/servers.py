@@ -81,7 +81,6 @@ class Server:
     log_name = "server.log"
     processes = PROCESSES
     exit_code = 0  # after SIGTERM
-    # How a multiprocessing process ends that is asked to by SIGTERM, then by SIGKILL.
     # Operations that cannot work under it, and why.
     without: Mapping[str, str] = {}
     # What it says at its end without anyfork as well.
