@@ -12,6 +12,7 @@
 SCALE ?= 1
 COUNT ?= 100000
 NAMES ?=
+EXCEPT ?=
 SOURCES := $(shell find src include python -type f) meson.build meson.options pyproject.toml
 
 .PHONY: all demo test matrix sanitize soak bench clean
@@ -28,7 +29,7 @@ test: .venv/ready
 	@tools/test --scale $(SCALE)
 
 matrix:
-	@tools/matrix --scale $(SCALE) $(NAMES)
+	@tools/matrix --scale $(SCALE) $(if $(EXCEPT),--except $(EXCEPT)) $(NAMES)
 
 sanitize:
 	@tools/sanitize $(if $(SHORT),--short)

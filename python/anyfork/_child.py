@@ -106,6 +106,8 @@ class Child(_anyfork.Child):
         if not self._wait(True, 10):
             self.kill()
             self._wait(True, 10)
+        if self._read_errno:
+            return SpawnError("read", self._read_errno, self.method, "what it reported is lost")
         error = self._error()
         if error is None:
             stage, errno, detail = "child", 0, "the worker ended before it was ready"

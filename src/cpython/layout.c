@@ -200,12 +200,12 @@ check_gil(const struct table *t)
 {
     PyThreadState *ts = PyThreadState_Get();
     PyInterpreterState *main = PyInterpreterState_Main();
-    char *main_gil = (char *)main + t->interp.gil;
     uint64_t locked = t->interp.gil_locked, holder = t->interp.gil_holder;
 
     if (t->interp.gil >= t->interp.size || locked < t->interp.gil || holder < t->interp.gil ||
         locked - t->interp.gil > 4096 || holder - t->interp.gil > 4096)
         return "interpreter.gil: out of bounds";
+    char *main_gil = (char *)main + t->interp.gil;
     for (PyInterpreterState *i = PyInterpreterState_Head(); i != NULL;
          i = PyInterpreterState_Next(i)) {
         void *gil;
@@ -516,6 +516,8 @@ afk_layout_discover(const struct afk_layout_source *source, struct afk_layout *l
     lo->gil_holder = t.interp.gil_holder - t.interp.gil;
     lo->frame_previous = t.frame.previous;
 
+    /* With one state only, threads.head and threads.main are equal: no proof. */
+    PyThreadState *second = PyThreadState_New(PyInterpreterState_Get());
     /* Other threads may be adding interpreters: a mismatch is asked again. */
     const char *hop = NULL, *gil = NULL;
     for (int tries = 0; tries < RETRIES; tries++) {
@@ -534,6 +536,13 @@ afk_layout_discover(const struct afk_layout_source *source, struct afk_layout *l
         if (hop == NULL && gil == NULL)
             break;
         (void)sched_yield();
+    }
+    if (second != NULL) {
+        PyThreadState_Clear(second);
+        PyThreadState_Delete(second);
+    }
+    else {
+        hop = "thread state list: no memory to prove it";
     }
 #ifndef Py_GIL_DISABLED
     lo->interval_known = gil == NULL && check_interval(&t);
