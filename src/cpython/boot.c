@@ -30,7 +30,7 @@ afk_boot_prepare(struct anyfork_error *reterr)
     PyObject *name = PyUnicode_FromString("anyfork._boot");
     PyObject *boot = name ? PyImport_GetModule(name) : NULL;
     Py_XDECREF(name);
-    if (boot != NULL && PyObject_HasAttrString(boot, "finish")) /* whole, not half-imported */
+    if (boot != NULL && PyObject_HasAttrString(boot, "_needed")) /* its last line: whole */
         return boot;
     Py_XDECREF(boot);
     PyErr_Clear();
