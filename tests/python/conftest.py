@@ -27,6 +27,15 @@ import known_outcomes  # noqa: E402
 import anyfork  # noqa: E402
 from anyfork import _anyfork  # noqa: E402
 
+# A shell ignores these for what it runs in the background, and they would stay so in
+# every program that the tests start.
+for _number in (signal.SIGINT, signal.SIGQUIT):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(
+            _number,
+            signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL,
+        )
+
 FORKS_AT_SCALE_1 = 2000
 DEFAULT_SCALE = 0.1
 SETTLE_SECONDS = 10.0
