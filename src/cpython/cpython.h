@@ -85,8 +85,9 @@ bool afk_head_is_locked(const struct afk_layout *lo);
 void afk_head_lock(const struct afk_layout *lo);
 void afk_head_unlock(const struct afk_layout *lo);
 /* PyEval_RestoreThread(), and PyThreadState_Swap() to `to`, without the delay of a
- * switch interval behind each busy thread. */
-void afk_attach(PyThreadState *ts);
+ * switch interval behind each busy thread. `interp` is that of ts, which may have
+ * been freed meanwhile: Python may have ended. */
+void afk_attach(PyThreadState *ts, PyInterpreterState *interp);
 void afk_swap(PyThreadState *to);
 /* 1: a frame of ts lies on this thread's C stack; 0: it does not, -1: ts has no
  * frames, or none can be followed. */
@@ -141,6 +142,7 @@ int afk_check_caller(struct anyfork_error *reterr);
 
 /* Shared by the shapes. */
 int afk_plan_drop_states(struct afk_forking *f, PyInterpreterState *interp);
+int afk_plan_only_state(struct afk_forking *f, PyThreadState *only);
 void afk_run_child_hooks(PyObject *hooks);
 /* Clears inherited atexit callbacks of the current interpreter. */
 void afk_clear_atexit(void);

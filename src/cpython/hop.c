@@ -31,7 +31,7 @@ afk_hop_leave(PyThreadState *fresh, PyThreadState *from)
 {
     PyThreadState_Clear(fresh);
     PyThreadState_DeleteCurrent();
-    afk_attach(from);
+    afk_attach(from, from->interp);
 }
 
 void
@@ -107,6 +107,30 @@ afk_plan_drop_states(struct afk_forking *f, PyInterpreterState *interp)
     }
 }
 
+/*
+ * For a worker: its one state alone stays in the list, so that CPython has none
+ * to delete. Deleting one drops what its thread kept to itself (threading.local,
+ * context variables): finalizers of the owner's objects would run here, and
+ * delete its temporary folders. The caller's own state, which the worker does
+ * not run on, would be one of them. The memory of the others is just left.
+ *
+ * Free-threaded builds need the deletion, for their reference counts.
+ */
+int
+afk_plan_only_state(struct afk_forking *f, PyThreadState *only)
+{
+#ifdef Py_GIL_DISABLED
+    return afk_plan_drop_states(f, only->interp);
+#else
+    int r = afk_plan_store(&f->plan, (void *)afk_interp_threads(f->layout, only->interp), only);
+    if (r == 0)
+        r = afk_plan_store(&f->plan, &only->next, NULL);
+    if (r == 0)
+        r = afk_plan_store(&f->plan, &only->prev, NULL);
+    return r;
+#endif
+}
+
 /* A worker's child hooks wait until half-done imports are repaired: a hook that
  * imports would wait for a dead thread. */
 static int
@@ -124,7 +148,8 @@ before_in_main(struct afk_forking *f, struct anyfork_error *reterr)
     if (r == 0)
         r = afk_plan_store(plan, afk_runtime_main_tstate(lo), f->ts);
     if (r == 0)
-        r = afk_plan_drop_states(f, f->main);
+        r = f->kind == AFK_FORK_WORKER ? afk_plan_only_state(f, f->ts)
+                                       : afk_plan_drop_states(f, f->main);
     if (r == 0 && f->ts->thread_id != PyThread_get_thread_ident())
         r = afk_plan_store(plan, &f->ts->thread_id, (void *)PyThread_get_thread_ident());
     if (r == 0 && f->kind == AFK_FORK_WORKER && lo->state[AFK_FEATURE_HOOKS] == AFK_READY) {

@@ -825,12 +825,12 @@ restore_intervals(void)
 }
 
 void
-afk_attach(PyThreadState *ts)
+afk_attach(PyThreadState *ts, PyInterpreterState *interp)
 {
     const struct afk_layout *lo = &here;
     unsigned long *interval = NULL;
     if (lo->interval_known)
-        interval = FIELD(*afk_interp_gil(lo, ts->interp), lo->gil_holder - sizeof *interval,
+        interval = FIELD(*afk_interp_gil(lo, interp), lo->gil_holder - sizeof *interval,
                          unsigned long);
     if (interval != NULL)
         change_interval(interval, 1);
@@ -847,7 +847,7 @@ afk_swap(PyThreadState *to)
         *afk_interp_gil(&here, from->interp) == *afk_interp_gil(&here, to->interp))
         keep_gil(from);
     (void)PyEval_SaveThread();
-    afk_attach(to);
+    afk_attach(to, to->interp);
 }
 
 int

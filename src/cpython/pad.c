@@ -376,7 +376,7 @@ afk_pad_run(const struct afk_pad_work *work, int64_t timeout_ns, struct anyfork_
         result = run_with_door(work, deadline, reterr);
         (void)pthread_mutex_unlock(&door);
     }
-    afk_attach(ts);
+    afk_attach(ts, PyInterpreterState_Main()); /* ts may be freed: Python may have ended */
     return result;
 }
 

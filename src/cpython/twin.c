@@ -99,7 +99,7 @@ settle_tm(struct afk_forking *f)
         return;
     PyThreadState_Clear(f->tm);
     PyThreadState_DeleteCurrent();
-    afk_attach(better);
+    afk_attach(better, f->main);
     f->tm = better;
     f->fresh_tm = false;
 }
@@ -137,7 +137,7 @@ return_to_caller(struct afk_forking *f)
     if (f->holder != NULL)
         afk_holder_let_go(f->holder, f->layout);
     if (f->fresh_tm || f->own_gil)
-        afk_attach(f->ts);
+        afk_attach(f->ts, f->ts->interp);
     else
         afk_swap(f->ts);
     if (f->holder != NULL)
@@ -168,16 +168,18 @@ plan_twin(struct afk_forking *f)
     PyInterpreterState *caller = f->ts->interp;
     void *me = (void *)PyThread_get_thread_ident();
 
-    find_kept(f);
+    bool worker = f->kind == AFK_FORK_WORKER;
+    if (!worker) /* a worker never goes back to its host */
+        find_kept(f);
     int r = afk_plan_store(plan, afk_runtime_head(lo), f->main);
     if (r == 0)
         r = afk_plan_store(plan, afk_interp_next(lo, f->main), NULL);
     if (r == 0)
         r = afk_plan_store(plan, afk_runtime_main_tstate(lo), f->tm);
     if (r == 0)
-        r = afk_plan_drop_states(f, f->main);
+        r = worker ? afk_plan_only_state(f, f->tm) : afk_plan_drop_states(f, f->main);
     if (r == 0)
-        r = afk_plan_drop_states(f, caller);
+        r = worker ? afk_plan_only_state(f, f->ts) : afk_plan_drop_states(f, caller);
     if (r == 0)
         r = afk_plan_store(plan, &f->ts->thread_id, me);
     if (r == 0)
@@ -242,7 +244,7 @@ before_twin(struct afk_forking *f, struct anyfork_error *reterr)
     if (f->own_gil) {
         (void)PyEval_SaveThread();
         held = afk_holder_take(f->holder, caller);
-        afk_attach(f->tm);
+        afk_attach(f->tm, f->main);
     }
     else {
         afk_swap(f->tm);

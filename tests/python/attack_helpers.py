@@ -93,9 +93,9 @@ def checks(module: str) -> list[tuple[str, str]]:
 
 # What is known to fail, and why: strict, so that its repair removes it from here.
 DESTROYED = "the states of dead threads are destroyed, not left alone"
-KNOWN: dict[str, str] = {"check_thread_locals_of_the_parent-main": DESTROYED}
-if sys._is_gil_enabled():  # without it, no worker runs in a sub-interpreter
-    KNOWN |= {f"check_thread_locals_of_the_parent-{place}": DESTROYED for place in PLACES}
+KNOWN: dict[str, str] = {}
+if not sys._is_gil_enabled():
+    KNOWN["check_thread_locals_of_the_parent-main"] = DESTROYED
 
 
 def parametrized(module: str) -> pytest.MarkDecorator:
