@@ -40,9 +40,11 @@ def _in_twin_child() -> None:
     only main may call signal.signal()."""
     if not is_installed():
         return
+    # Half a module where a thread that does not exist here was importing it.
     util: Any = sys.modules.get("multiprocessing.util")
-    if util is not None:
-        util.register_after_fork(_marker, lambda _: _anyfork.default_signals())
+    register = getattr(util, "register_after_fork", None)
+    if register is not None:
+        register(_marker, lambda _: _anyfork.default_signals())
     original = signal.signal
 
     def set_signal(signalnum: int, handler: Any) -> Any:
