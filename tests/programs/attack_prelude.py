@@ -720,7 +720,8 @@ def check_dispositions_are_default(place: str) -> None:
         caught, ignored, wrong = anyfork.run(worker_dispositions, method=method)
         same((method, caught & ~LIBC), (method, 0))
         kept = bits(signal.SIGPIPE, signal.SIGXFSZ, signal.SIGHUP)
-        same((method, ignored & ~kept), (method, 0))
+        # What make(1) starts may have one of glibc's own ignored.
+        same((method, ignored & ~kept & ~LIBC), (method, 0))
         assert ignored & bits(signal.SIGPIPE), method
         assert ignored & bits(signal.SIGHUP), method
         same((method, wrong), (method, []))
