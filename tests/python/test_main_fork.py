@@ -133,4 +133,7 @@ def test_datetime_in_two_interpreters(run_program: RunProgram) -> None:
     """Not ours, but a host sees it: which CPythons die at their normal exit."""
     done = run_program("main_fork", "exit_with_datetime", check=False)
     known = known_outcome("normal exit", "datetime in two sub-interpreters")
+    if known and not sys._is_gil_enabled():  # there it has been seen both ways
+        assert done.returncode <= 0, done
+        return
     assert (done.returncode < 0) if known else (done.returncode == 0), done
