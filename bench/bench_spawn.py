@@ -76,25 +76,18 @@ class Bench:
     def stamp(self) -> None:
         os.write(self.line_w, STAMP.pack(now()))
 
-    def os_fork(self) -> tuple[float, float]:
-        start = now()
-        pid = os.fork()
-        if pid == 0:
-            self.stamp()
-            os._exit(0)
-        spent = now() - start
-        os.waitpid(pid, 0)
-        return start, spent
+    def by(self, fork: Callable[[], int]) -> Callable[[], tuple[float, float]]:
+        def call() -> tuple[float, float]:
+            start = now()
+            pid = fork()
+            if pid == 0:
+                self.stamp()
+                os._exit(0)
+            spent = now() - start
+            os.waitpid(pid, 0)
+            return start, spent
 
-    def fork(self) -> tuple[float, float]:
-        start = now()
-        pid = anyfork.fork()
-        if pid == 0:
-            self.stamp()
-            os._exit(0)
-        spent = now() - start
-        os.waitpid(pid, 0)
-        return start, spent
+        return call
 
     def row(self, method: str) -> Callable[[], tuple[float, float]]:
         def call() -> tuple[float, float]:
@@ -162,8 +155,8 @@ def measure(live: bool, rounds: int, heap_mb: int, busy: int) -> list[dict[str, 
     quiet = os.open(os.devnull, os.O_WRONLY)
     stderr = os.dup(2)
     try:
-        base = Candidate("os.fork", bench.os_fork, has_line=not live)
-        candidates = [base, Candidate("anyfork.fork", bench.fork)]
+        base = Candidate("os.fork", bench.by(os.fork), has_line=not live)
+        candidates = [base, Candidate("anyfork.fork", bench.by(anyfork.fork))]
         if live:
             os.dup2(quiet, 2)  # what the children of os.fork() say when they die
             twin_works = _twin_works()
