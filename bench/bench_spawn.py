@@ -17,6 +17,7 @@ import _interpreters
 import argparse
 import json
 import os
+import random
 import statistics
 import struct
 import sys
@@ -124,7 +125,9 @@ class Bench:
 
     def run(self, candidates: list[Candidate], rounds: int) -> None:
         for n in range(rounds + 3):
-            for c in candidates:
+            # In another order each time: what one leaves behind, warm or cold, is
+            # not always the next one's.
+            for c in random.sample(candidates, len(candidates)):
                 start, spent = c.call()
                 line = STAMP.unpack(os.read(self.line_r, 8))[0] - start if c.has_line else 0.0
                 if n >= 3:  # the first rounds warm caches

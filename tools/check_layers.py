@@ -5,7 +5,8 @@ usage: tools/check_layers.py [--root FOLDER] [--library LIBANYFORK]
 
  - Python.h only in src/cpython, src/ext, src/methods.* and anyfork_python.h; no
    file of src/core reaches it, nor anyfork.h, not even through another header.
- - CPython's private names and offsets only in src/cpython/layout.c.
+ - CPython's private names and offsets only in src/cpython/layout.c, its thread-local
+   variables only in attach.c beside it.
  - fork(2), or anything that makes a process, only in src/core/fork.c.
  - The library exports the functions that the headers declare ANYFORK_API, and
    the private list of src/symbols.map; no more and no less.
@@ -34,6 +35,7 @@ PRIVATE = re.compile(
     r"|_Py(?:Interpreter|Thread|Eval|Runtime)\w+"
     r"|lo->(?:runtime|interp_|gil_|frame_)\w*)"
 )
+THREAD_LOCALS = re.compile(r"\b(__tls_get_addr|dlpi_tls_\w+|lo->tls|bound_gilstate)\b")
 MAKES_A_PROCESS = re.compile(
     r"(?<![\w.>])(fork|vfork|_Fork|clone|clone3|forkpty|posix_spawnp?|SYS_(?:fork|vfork|clone3?)"
     r"|PyOS_fork\w*)\b(?=\s*[(,])"
@@ -103,6 +105,9 @@ class Checker:
             if inside != "src/cpython/layout.c":
                 for line, name in self.names(path, PRIVATE):
                     self.report(path, line, f"{name}: private layout, for layout.c only")
+            if inside != "src/cpython/attach.c":
+                for line, name in self.names(path, THREAD_LOCALS):
+                    self.report(path, line, f"{name}: thread-locals, for attach.c only")
             if inside != "src/core/fork.c":
                 for line, name in self.names(path, MAKES_A_PROCESS):
                     self.report(path, line, f"{name}: processes are made in fork.c only")

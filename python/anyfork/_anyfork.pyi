@@ -29,7 +29,6 @@ class _Runtime(TypedDict):
     gilstate_check: int
     in_main: bool
     own_gil: bool
-    holder_threads: int
     pad: bool
     interpreter: int
 

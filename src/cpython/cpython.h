@@ -24,9 +24,19 @@ enum afk_feature {
     AFK_FEATURE_TWIN,  /* fork in a sub-interpreter: HEAD mutex, GIL fields */
     AFK_FEATURE_HOOKS, /* the lists of os.register_at_fork, parked in the child */
     AFK_FEATURE_STACK, /* which thread states run on this thread's C stack */
+    AFK_FEATURE_ATTACH, /* to leave a thread state and keep its GIL */
     AFK_FEATURE_COUNT
 };
 enum afk_feature_state { AFK_UNKNOWN, AFK_READY, AFK_REFUSED };
+
+/* Where CPython keeps what a thread is attached to; attach.c. */
+struct afk_thread_locals {
+    size_t module, bias; /* of the ELF object whose variables they are */
+    size_t tstate;       /* offsets of _Py_tss_tstate, */
+    size_t interp;       /* _Py_tss_interp (3.15) */
+    size_t gilstate;     /* and _Py_tss_gilstate (3.14), else in a pthread key */
+    pthread_key_t key;
+};
 
 #define AFK_WHY_SIZE 96
 struct afk_layout {
@@ -45,6 +55,7 @@ struct afk_layout {
     size_t gil_holder;
     size_t frame_previous;
     bool interval_known;     /* gil.interval, before gil.last_holder, was proved */
+    struct afk_thread_locals tls;
 };
 
 /* Where the table comes from; doctored in tests. */
@@ -60,6 +71,7 @@ void afk_layout_source_here(struct afk_layout_source *ret);
 /* The layout of this process, discovered at the first call. Needs an attached
  * thread state. Never NULL. */
 const struct afk_layout *afk_layout(void);
+const struct afk_layout *afk_layout_if_known(void); /* NULL: not yet; needs no thread state */
 const char *afk_feature_name(enum afk_feature feature);
 /* 0, or ANYFORK_ELAYOUT with the reason in reterr. */
 int afk_layout_require(enum afk_feature feature, struct anyfork_error *reterr);
@@ -79,26 +91,41 @@ char **afk_interp_gil(const struct afk_layout *lo, PyInterpreterState *interp);
 PyObject **afk_interp_child_hooks(const struct afk_layout *lo, PyInterpreterState *interp);
 int *afk_gil_locked(const struct afk_layout *lo, char *gil);
 PyThreadState **afk_gil_holder(const struct afk_layout *lo, char *gil);
+/* sys.getswitchinterval(), in microseconds; NULL: not known. */
+unsigned long *afk_gil_interval(const struct afk_layout *lo, char *gil);
 /* True where interp has a GIL that is not main's; -1 if the fields disagree. */
 int afk_interp_has_own_gil(const struct afk_layout *lo, PyInterpreterState *interp);
 bool afk_head_is_locked(const struct afk_layout *lo);
 void afk_head_lock(const struct afk_layout *lo);
 void afk_head_unlock(const struct afk_layout *lo);
-/* PyEval_RestoreThread(), and PyThreadState_Swap() to `to`, without the delay of a
- * switch interval behind each busy thread. `interp` is that of ts, which may have
- * been freed meanwhile: Python may have ended. */
-void afk_attach(PyThreadState *ts, PyInterpreterState *interp);
-void afk_swap(PyThreadState *to);
 /* 1: a frame of ts lies on this thread's C stack; 0: it does not, -1: ts has no
  * frames, or none can be followed. */
 int afk_runs_on_this_stack(const struct afk_layout *lo, PyThreadState *ts);
+bool afk_this_stack(uintptr_t *ret_low, uintptr_t *ret_high); /* false: not known */
+
+/* ---- attach.c ------------------------------------------------------------------ */
+/* Fills lo->tls. `second`: a state of this thread and interpreter, fresh. NULL, or
+ * what does not agree. */
+const char *afk_attach_discover(struct afk_layout *lo, PyThreadState *second);
+/* AFK_FEATURE_ATTACH. Detached from ts, which goes on holding its GIL; attached to ts,
+ * whose GIL it held all the time. */
+void afk_leave(const struct afk_layout *lo, PyThreadState *ts);
+void afk_enter(const struct afk_layout *lo, PyThreadState *ts);
+/* PyEval_RestoreThread(), without the delay of a switch interval behind each busy
+ * thread. `interp` is that of ts, which may have been freed meanwhile: Python may
+ * have ended. */
+void afk_attach(PyThreadState *ts, PyInterpreterState *interp);
+/* PyThreadState_New(), ready to be attached. NULL: out of memory. */
+PyThreadState *afk_state_new(PyInterpreterState *interp);
+/* PyThreadState_Swap(); a GIL that both states share is not let go. */
+void afk_swap(PyThreadState *to);
+/* From `fresh`, which is cleared and deleted, back to where afk_swap() came from. */
+void afk_swap_back(PyThreadState *fresh, PyThreadState *to);
 
 /* ---- hop.c ------------------------------------------------------------------- */
 /* A fresh thread state on `interp`, made current; *ret_from is what to go back
  * to. NULL: out of memory, nothing changed. */
 PyThreadState *afk_hop_enter(PyInterpreterState *interp, PyThreadState **ret_from);
-/* Deletes the fresh one and goes back. */
-void afk_hop_leave(PyThreadState *fresh, PyThreadState *from);
 
 enum afk_fork_kind {
     AFK_FORK_CALL,   /* fork(): the child returns into its caller */
@@ -120,7 +147,6 @@ struct afk_forking {
     bool fresh_tm;
     bool own_gil;
     PyObject *caller_hooks;
-    struct afk_holder *holder;
     PyThreadState *keep[8];       /* other states of this thread in main */
     unsigned n_keep;
 };
@@ -148,17 +174,6 @@ void afk_run_child_hooks(PyObject *hooks);
 void afk_clear_atexit(void);
 int afk_python_handlers(sigset_t *ret);  /* needs main's thread state */
 void afk_default_python_handlers(const sigset_t *reset); /* in the child, needs main's */
-
-/* ---- holder.c: a thread that holds an interpreter's own GIL ------------------ */
-struct afk_holder *afk_holder_claim(int *ret_errno);
-/* Takes interp's GIL and keeps it. 0, or -ENOMEM. Call detached. */
-int afk_holder_take(struct afk_holder *holder, PyInterpreterState *interp);
-/* Lets the GIL go. Call detached from interp; attach to it, then call done(). */
-void afk_holder_let_go(struct afk_holder *holder, const struct afk_layout *lo);
-void afk_holder_done(struct afk_holder *holder); /* also after a claim alone */
-unsigned afk_holder_threads(void); /* how many exist */
-/* Wakes one of our own threads that waits for `sem`, next to the caller. */
-void afk_wake_here(pthread_t thread, sem_t *sem);
 
 /* ---- boot.c ------------------------------------------------------------------ */
 enum afk_job_kind { AFK_JOB_C, AFK_JOB_CALLABLE, AFK_JOB_PICKLE };

@@ -15,23 +15,12 @@ PyThreadState *
 afk_hop_enter(PyInterpreterState *interp, PyThreadState **ret_from)
 {
     PyThreadState *from = PyThreadState_Get();
-    PyThreadState *fresh = AFK_ALLOC("PyThreadState_New", PyThreadState_New(interp));
+    PyThreadState *fresh = afk_state_new(interp);
     if (fresh == NULL)
         return NULL;
     afk_swap(fresh);
     *ret_from = from;
     return fresh;
-}
-
-/* The state leaves the interpreter's list before the GIL is released. Cleared
- * but still listed, it would be cleared a second time in the child of a thread
- * that forks just then, and _PyThreadState_DeleteList asserts. */
-void
-afk_hop_leave(PyThreadState *fresh, PyThreadState *from)
-{
-    PyThreadState_Clear(fresh);
-    PyThreadState_DeleteCurrent();
-    afk_attach(from, from->interp);
 }
 
 void
@@ -47,7 +36,6 @@ afk_forking_init(struct afk_forking *f, enum afk_fork_kind kind)
     f->parked = false;
     f->tm = NULL;
     f->fresh_tm = f->own_gil = false;
-    f->holder = NULL;
     f->n_keep = 0;
 }
 

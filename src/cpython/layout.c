@@ -66,7 +66,8 @@ struct table {
 
 extern char _PyRuntime[]; /* exported data of every CPython since 3.7 */
 
-static const char *const feature_names[AFK_FEATURE_COUNT] = {"hop", "twin", "hooks", "stack"};
+static const char *const feature_names[AFK_FEATURE_COUNT] = {"hop", "twin", "hooks", "stack",
+                                                              "attach"};
 
 const char *
 afk_feature_name(enum afk_feature feature)
@@ -397,8 +398,8 @@ out:
 /* ---- C stacks -------------------------------------------------------------------- */
 
 /* pthread_getattr_np(3) reads /proc for the main thread: asked once per thread. */
-static void
-this_stack(uintptr_t *ret_low, uintptr_t *ret_high)
+bool
+afk_this_stack(uintptr_t *ret_low, uintptr_t *ret_high)
 {
     static _Thread_local uintptr_t low, high;
     if (high == 0) {
@@ -415,6 +416,7 @@ this_stack(uintptr_t *ret_low, uintptr_t *ret_high)
     }
     *ret_low = low;
     *ret_high = high;
+    return high != 0;
 }
 
 static bool
@@ -435,8 +437,7 @@ static int
 walk_frames(uint64_t frame_previous, const PyThreadState *ts)
 {
     uintptr_t low, high;
-    this_stack(&low, &high);
-    if (high == 0 || !has_frames(ts))
+    if (!afk_this_stack(&low, &high) || !has_frames(ts))
         return -1;
     void *frame = ts->current_frame;
     for (unsigned n = 0; n < FRAMES_MAX; n++) {
@@ -537,12 +538,16 @@ afk_layout_discover(const struct afk_layout_source *source, struct afk_layout *l
             break;
         (void)sched_yield();
     }
+    if (second == NULL)
+        hop = "thread state list: no memory to prove it";
+    const char *attach = hop != NULL ? hop : gil;
+#ifndef Py_GIL_DISABLED
+    if (attach == NULL)
+        attach = afk_attach_discover(lo, second);
+#endif
     if (second != NULL) {
         PyThreadState_Clear(second);
         PyThreadState_Delete(second);
-    }
-    else {
-        hop = "thread state list: no memory to prove it";
     }
 #ifndef Py_GIL_DISABLED
     lo->interval_known = gil == NULL && check_interval(&t);
@@ -552,6 +557,10 @@ afk_layout_discover(const struct afk_layout_source *source, struct afk_layout *l
         refuse(lo, AFK_FEATURE_HOP, hop);
     if (gil != NULL)
         refuse(lo, AFK_FEATURE_TWIN, gil);
+
+    lo->state[AFK_FEATURE_ATTACH] = AFK_READY;
+    if (attach != NULL)
+        refuse(lo, AFK_FEATURE_ATTACH, attach);
 
     const char *hooks = hop != NULL ? hop : find_hooks(lo, &t);
     lo->state[AFK_FEATURE_HOOKS] = AFK_READY;
@@ -590,7 +599,11 @@ afk_layout(void)
     return &here;
 }
 
-static void restore_intervals(void);
+const struct afk_layout *
+afk_layout_if_known(void)
+{
+    return atomic_load(&known) == 2 ? &here : NULL;
+}
 
 /* A fork in the middle of another thread's discovery: the child asks anew. */
 static void
@@ -598,7 +611,6 @@ in_forked_child(void)
 {
     int discovering = 1;
     (void)atomic_compare_exchange_strong(&known, &discovering, 0);
-    restore_intervals();
 }
 
 __attribute__((constructor)) static void
@@ -708,6 +720,13 @@ afk_gil_holder(const struct afk_layout *lo, char *gil)
     return FIELD(gil, lo->gil_holder, PyThreadState *);
 }
 
+unsigned long *
+afk_gil_interval(const struct afk_layout *lo, char *gil)
+{
+    return lo->interval_known ? FIELD(gil, lo->gil_holder - sizeof(unsigned long), unsigned long)
+                              : NULL;
+}
+
 int
 afk_interp_has_own_gil(const struct afk_layout *lo, PyInterpreterState *interp)
 {
@@ -751,103 +770,6 @@ void
 afk_head_unlock(const struct afk_layout *lo)
 {
     PyMutex_Unlock(afk_runtime_head_mutex(lo));
-}
-
-/* Drops a request to give the GIL away: the switch is only put off, until after
- * the fork, as during os.fork(), which never lets the GIL go.
- * _PY_GIL_DROP_REQUEST_BIT is bit 0 of PyThreadState.eval_breaker in 3.13, 3.14
- * and 3.15 (pycore_ceval.h); anywhere else the request is left alone. */
-static void
-keep_gil(PyThreadState *ts)
-{
-#if PY_VERSION_HEX < 0x03100000 && !defined(Py_GIL_DISABLED)
-    (void)__atomic_and_fetch(&ts->eval_breaker, ~(uintptr_t)1, __ATOMIC_RELAXED);
-#else
-    (void)ts;
-#endif
-}
-
-/* ---- getting a GIL from busy threads --------------------------------------------- */
-
-/* A thread that wants a GIL waits `interval` (5 ms) before it asks the holder to
- * let go, and the GIL then goes to any of the waiters: behind N busy threads that
- * is N times 5 ms (Python/ceval_gil.c, take_gil). While we wait the interval is
- * short; the busy threads switch more often for that time, and no longer. */
-#define SHORT_INTERVAL_US 50
-#define INTERVALS_MAX 64
-
-static struct shortened {
-    unsigned long *interval;
-    unsigned long saved;
-    unsigned users;
-} shortened[INTERVALS_MAX];
-static atomic_flag shortened_lock = ATOMIC_FLAG_INIT; /* a few stores; reset in a child */
-
-static void
-change_interval(unsigned long *interval, int change)
-{
-    struct shortened *mine = NULL, *empty = NULL;
-
-    while (atomic_flag_test_and_set_explicit(&shortened_lock, memory_order_acquire))
-        (void)sched_yield();
-    for (unsigned i = 0; i < INTERVALS_MAX; i++) {
-        if (shortened[i].users > 0 && shortened[i].interval == interval)
-            mine = &shortened[i];
-        else if (shortened[i].users == 0 && empty == NULL)
-            empty = &shortened[i];
-    }
-    if (mine == NULL && change > 0 && empty != NULL &&
-        __atomic_load_n(interval, __ATOMIC_RELAXED) > SHORT_INTERVAL_US) {
-        mine = empty;
-        mine->interval = interval;
-        mine->saved = __atomic_load_n(interval, __ATOMIC_RELAXED);
-        __atomic_store_n(interval, SHORT_INTERVAL_US, __ATOMIC_RELAXED);
-    }
-    if (mine != NULL) {
-        mine->users += (unsigned)change;
-        /* sys.setswitchinterval() meanwhile: its value stays. */
-        if (mine->users == 0 && __atomic_load_n(interval, __ATOMIC_RELAXED) == SHORT_INTERVAL_US)
-            __atomic_store_n(interval, mine->saved, __ATOMIC_RELAXED);
-    }
-    atomic_flag_clear_explicit(&shortened_lock, memory_order_release);
-}
-
-/* Async-signal-safe: stores only. Nobody waits for a GIL in a forked child. */
-static void
-restore_intervals(void)
-{
-    for (unsigned i = 0; i < INTERVALS_MAX; i++) {
-        if (shortened[i].users > 0 && *shortened[i].interval == SHORT_INTERVAL_US)
-            *shortened[i].interval = shortened[i].saved;
-        shortened[i].users = 0;
-    }
-    atomic_flag_clear(&shortened_lock);
-}
-
-void
-afk_attach(PyThreadState *ts, PyInterpreterState *interp)
-{
-    const struct afk_layout *lo = &here;
-    unsigned long *interval = NULL;
-    if (lo->interval_known)
-        interval = FIELD(*afk_interp_gil(lo, interp), lo->gil_holder - sizeof *interval,
-                         unsigned long);
-    if (interval != NULL)
-        change_interval(interval, 1);
-    PyEval_RestoreThread(ts);
-    if (interval != NULL)
-        change_interval(interval, -1);
-}
-
-void
-afk_swap(PyThreadState *to)
-{
-    PyThreadState *from = PyThreadState_Get();
-    if (here.state[AFK_FEATURE_TWIN] == AFK_READY &&
-        *afk_interp_gil(&here, from->interp) == *afk_interp_gil(&here, to->interp))
-        keep_gil(from);
-    (void)PyEval_SaveThread();
-    afk_attach(to, to->interp);
 }
 
 int

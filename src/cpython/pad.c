@@ -91,6 +91,21 @@ wait_for(sem_t *sem)
         ;
 }
 
+/* On this CPU, which we are about to leave idle by waiting for that thread. Woken
+ * where it slept it would queue behind the new child, for a millisecond. */
+static void
+wake_here(pthread_t thread, sem_t *sem)
+{
+    int cpu = sched_getcpu();
+    cpu_set_t here;
+    CPU_ZERO(&here);
+    if (cpu >= 0 && cpu < CPU_SETSIZE) {
+        CPU_SET(cpu, &here);
+        (void)pthread_setaffinity_np(thread, sizeof here, &here);
+    }
+    (void)sem_post(sem);
+}
+
 bool
 afk_pad_commit(void)
 {
@@ -274,7 +289,7 @@ ask(struct pad *p, const struct afk_pad_work *work, int64_t deadline, struct any
     struct request *unserved = atomic_exchange(&p->request, r);
     if (unserved != NULL)
         let_go(unserved); /* its caller gave up while the pad was busy */
-    afk_wake_here(p->thread, &p->wake);
+    wake_here(p->thread, &p->wake);
     int result = await(r, deadline, reterr);
     if (result >= 0 && work->collect != NULL)
         work->collect(work->arg, work->collect_into);

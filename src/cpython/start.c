@@ -46,7 +46,7 @@ start_here(const struct afk_method *method, const struct afk_job *job,
             afk_boot_run(boot, job, &f); /* in the child; never returns */
         Py_DECREF(boot);
     }
-    afk_hop_leave(fresh, from);
+    afk_swap_back(fresh, from);
 out:
     if (r < 0) {
         (void)afk_child_adopt(child, -1, &f.plan, NULL); /* the worker's ends */

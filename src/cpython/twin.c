@@ -9,9 +9,9 @@
  *
  * Invariants:
  *  - The caller's GIL is held at fork(2), or its threads would be cut in the
- *    middle of a change. With a GIL of its own that takes a second OS thread
- *    (holder.c): the waiters of both GILs would set their drop request on one
- *    thread state, and drop_gil() would then wait for ever.
+ *    middle of a change. One of its own is kept while this thread is attached to
+ *    main (attach.c): with the caller's thread state as its holder, for a waiter
+ *    sets its drop request there, and drop_gil() waits for who made it.
  *  - Order: caller's GIL before main's; nobody takes them the other way round.
  *  - Child hooks of both interpreters wait until both are repaired: a thread
  *    that a hook of main starts dies of the second pass (it recreates the
@@ -97,9 +97,7 @@ settle_tm(struct afk_forking *f)
     afk_head_unlock(lo);
     if (better == NULL)
         return;
-    PyThreadState_Clear(f->tm);
-    PyThreadState_DeleteCurrent();
-    afk_attach(better, f->main);
+    afk_swap_back(f->tm, better);
     f->tm = better;
     f->fresh_tm = false;
 }
@@ -127,22 +125,22 @@ find_kept(struct afk_forking *f)
 static void
 return_to_caller(struct afk_forking *f)
 {
-    if (f->fresh_tm) {
-        PyThreadState_Clear(f->tm);
-        PyThreadState_DeleteCurrent();
+    if (!f->own_gil) {
+        if (f->fresh_tm)
+            afk_swap_back(f->tm, f->ts);
+        else
+            afk_swap(f->ts);
     }
-    else if (f->own_gil) {
-        (void)PyEval_SaveThread();
+    else {
+        if (f->fresh_tm) {
+            PyThreadState_Clear(f->tm);
+            PyThreadState_DeleteCurrent();
+        }
+        else {
+            (void)PyEval_SaveThread();
+        }
+        afk_enter(f->layout, f->ts);
     }
-    if (f->holder != NULL)
-        afk_holder_let_go(f->holder, f->layout);
-    if (f->fresh_tm || f->own_gil)
-        afk_attach(f->ts, f->ts->interp);
-    else
-        afk_swap(f->ts);
-    if (f->holder != NULL)
-        afk_holder_done(f->holder);
-    f->holder = NULL;
     afk_head_lock(f->layout);
     PyOS_AfterFork_Parent(); /* unlocks HEAD, the import lock; hooks */
 }
@@ -151,12 +149,9 @@ return_to_caller(struct afk_forking *f)
 static void
 discard_before_hop(struct afk_forking *f)
 {
-    if (f->holder != NULL)
-        afk_holder_done(f->holder);
-    f->holder = NULL;
     if (f->fresh_tm) {
-        (void)PyThreadState_Swap(f->tm);
-        afk_hop_leave(f->tm, f->ts);
+        afk_swap(f->tm);
+        afk_swap_back(f->tm, f->ts);
     }
 }
 
@@ -208,6 +203,11 @@ before_twin(struct afk_forking *f, struct anyfork_error *reterr)
         return AFK_FAIL(reterr, ANYFORK_ELAYOUT, ANYFORK_STAGE_LAYOUT, 0,
                         "interpreter.ceval.gil: neither its own nor main's");
     f->own_gil = own == 1;
+    if (f->own_gil) {
+        r = afk_layout_require(AFK_FEATURE_ATTACH, reterr);
+        if (r < 0)
+            return r;
+    }
     if (runs_third_interpreter(f))
         return AFK_FAIL(reterr, ANYFORK_EUNAVAILABLE, ANYFORK_STAGE_INTERPRETER, 0,
                         "a third interpreter is running on this thread's stack; fork from a "
@@ -215,19 +215,10 @@ before_twin(struct afk_forking *f, struct anyfork_error *reterr)
     f->tm = find_certain_tm(f);
     f->fresh_tm = f->tm == NULL;
     if (f->fresh_tm) {
-        f->tm = AFK_ALLOC("PyThreadState_New", PyThreadState_New(f->main));
+        f->tm = afk_state_new(f->main);
         if (f->tm == NULL)
             return AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_MEMORY, ENOMEM,
                             "thread state of main");
-    }
-    if (f->own_gil) {
-        int errnum = 0;
-        f->holder = afk_holder_claim(&errnum);
-        if (f->holder == NULL) {
-            discard_before_hop(f);
-            return AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_THREAD, errnum,
-                            "to hold the interpreter's GIL");
-        }
     }
 
     PyOS_BeforeFork(); /* the caller: hooks, import lock, HEAD */
@@ -240,19 +231,12 @@ before_twin(struct afk_forking *f, struct anyfork_error *reterr)
         return afk_layout_require(AFK_FEATURE_TWIN, reterr);
     }
     afk_head_unlock(lo);
-    int held = 0;
     if (f->own_gil) {
-        (void)PyEval_SaveThread();
-        held = afk_holder_take(f->holder, caller);
+        afk_leave(lo, f->ts);
         afk_attach(f->tm, f->main);
     }
     else {
         afk_swap(f->tm);
-    }
-    if (held < 0) {
-        return_to_caller(f);
-        return AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_MEMORY, -held,
-                        "thread state to hold the interpreter's GIL");
     }
     settle_tm(f);
     /* Only main runs Python handlers, and the child is in the caller: they would
@@ -296,25 +280,6 @@ put_back_kept(struct afk_forking *f)
     }
 }
 
-/* From tm to ts. The caller's own GIL is in an unknown state (its holder is a
- * thread that does not exist here), so main's is lent for the switch. */
-static void
-switch_to_caller_first(struct afk_forking *f)
-{
-    const struct afk_layout *lo = f->layout;
-    char **gil = afk_interp_gil(lo, f->ts->interp), *own = *gil;
-    char *main_gil = *afk_interp_gil(lo, f->main);
-
-    if (f->own_gil)
-        *gil = main_gil;
-    (void)PyThreadState_Swap(f->ts);
-    if (f->own_gil) {
-        *afk_gil_locked(lo, main_gil) = 0;
-        *afk_gil_holder(lo, main_gil) = f->tm;
-        *gil = own;
-    }
-}
-
 static void
 after_in_child_twin(struct afk_forking *f)
 {
@@ -323,7 +288,13 @@ after_in_child_twin(struct afk_forking *f)
 
     PyOS_AfterFork_Child(); /* pass 1: main */
     put_back_kept(f);
-    switch_to_caller_first(f);
+    if (f->own_gil) {
+        (void)PyEval_SaveThread();
+        afk_enter(lo, f->ts); /* its GIL is made anew in pass 2 */
+    }
+    else {
+        (void)PyThreadState_Swap(f->ts);
+    }
     *afk_runtime_main(lo) = caller;
     *afk_runtime_head(lo) = caller;
     *afk_interp_next(lo, caller) = NULL;

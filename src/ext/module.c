@@ -49,7 +49,7 @@ count_os_threads(void)
             (void)sscanf(p, " %ld", &n);
     }
     (void)fclose(f);
-    return n - (long)afk_holder_threads() - (afk_pad_is_running() ? 1 : 0);
+    return n - (afk_pad_is_running() ? 1 : 0);
 }
 
 static void
@@ -263,7 +263,7 @@ ext_runtime(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(args))
     for (PyThreadState *t = *afk_interp_threads(lo, me); t; t = t->next)
         own++;
     afk_head_unlock(lo);
-    return Py_BuildValue("{s:i,s:i,s:i,s:O,s:i,s:O,s:O,s:i,s:O,s:L}", "interpreters", interpreters,
+    return Py_BuildValue("{s:i,s:i,s:i,s:O,s:i,s:O,s:O,s:O,s:L}", "interpreters", interpreters,
                          "main_thread_states", in_main, "own_thread_states", own,
                          "main_tstate_alive", main_tstate_alive ? Py_True : Py_False,
                          "gilstate_check", PyGILState_Check(), "in_main",
@@ -272,8 +272,7 @@ ext_runtime(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(args))
                                  afk_interp_has_own_gil(lo, me) == 1 && me != main
                              ? Py_True
                              : Py_False,
-                         "holder_threads", (int)afk_holder_threads(), "pad",
-                         afk_pad_is_running() ? Py_True : Py_False, "interpreter",
+                         "pad", afk_pad_is_running() ? Py_True : Py_False, "interpreter",
                          (long long)PyInterpreterState_GetID(me));
 }
 

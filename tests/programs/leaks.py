@@ -39,15 +39,11 @@ def snapshot() -> dict[str, Any]:
     with open("/proc/self/statm") as statm:
         rss_kb = int(statm.read().split()[1]) * os.sysconf("SC_PAGESIZE") // 1024
     runtime = _anyfork.runtime()
-    holders = runtime.pop("holder_threads")
     return {
         "runtime": runtime,
         "interpreters": subint.interpreters(),
         "fds": len(os.listdir("/proc/self/fd")),
-        # Cached threads that hold a GIL at a fork; a new one now and then, where
-        # the last is not yet idle again.
-        "holders": holders,
-        "other_threads": len(os.listdir("/proc/self/task")) - holders,
+        "threads": len(os.listdir("/proc/self/task")),
         "rss_kb": rss_kb,
         "refs": getattr(sys, "gettotalrefcount", int)(),
         "blocks": sys.getallocatedblocks(),
@@ -59,7 +55,7 @@ def settled(before: dict[str, Any]) -> dict[str, Any]:
     deadline = time.monotonic() + SETTLE_SECONDS
     while True:
         now = snapshot()
-        if now["other_threads"] <= before["other_threads"] or time.monotonic() > deadline:
+        if now["threads"] <= before["threads"] or time.monotonic() > deadline:
             return now
         time.sleep(0.01)
 

@@ -314,10 +314,7 @@ def atexit_lists(kind: str) -> dict[str, str]:
 
 
 def _state() -> tuple[object, object]:
-    """Without the cached holder threads: the system refuses new ones of those too."""
-    runtime = _anyfork.runtime()
-    del runtime["holder_threads"]
-    return runtime, sorted(os.listdir("/proc/self/fd"))
+    return _anyfork.runtime(), sorted(os.listdir("/proc/self/fd"))
 
 
 def sub_refused_fork() -> None:

@@ -21,7 +21,7 @@ from anyfork import _anyfork
 
 SEED = 20240613
 WORD = 8
-FEATURES = {"hop", "twin", "hooks", "stack"}
+FEATURES = {"hop", "twin", "hooks", "stack", "attach"}
 
 Answer = dict[str, list[str]]
 
