@@ -83,7 +83,7 @@ reset_listed(struct afk_plan *plan)
     const struct sigaction dfl = {.sa_handler = SIG_DFL};
     for (int sig = 1; sig < NSIG; sig++) {
         if (sigismember(&plan->reset, sig) == 1) {
-            (void)sigaddset(&plan->had_handler, sig);
+            (void)sigaddset(&plan->was_reset, sig);
             (void)sigaction(sig, &dfl, NULL);
         }
     }
@@ -135,7 +135,7 @@ afk_child_repair(struct afk_plan *plan)
     if (plan->set_wakeup_fd != NULL)
         (void)plan->set_wakeup_fd(-1);
     if (plan->dispositions == AFK_DISPOSITIONS_DEFAULT)
-        afk_child_default_dispositions(&plan->had_handler);
+        afk_child_default_dispositions(&plan->was_reset);
     else if (plan->dispositions == AFK_DISPOSITIONS_RESET_LISTED)
         reset_listed(plan);
     if (plan->life_fd >= 0)

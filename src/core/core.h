@@ -87,9 +87,12 @@ int afk_report_check(const struct afk_report *report);
 unsigned afk_generation(void);
 /* Returns 0 or -ENOMEM; the fd is closed in forked children from here on. */
 int afk_lifeline_register(int fd, bool is_write_end);
+/* No other thread forks between these two. Few system calls, and nothing that forks. */
+void afk_lifeline_begin(void);
+void afk_lifeline_end(void);
 /* Forgets and closes fd, in the order that no fork can race. */
 void afk_lifeline_close(int *fd);
-/* Runs `hook` in every forked child, async-signal-safe. At most 4. */
+/* Runs `hook` in every forked child, async-signal-safe. */
 void afk_at_fork_child(void (*hook)(void));
 
 /* ---- fork.c, child.c ------------------------------------------------------ */
@@ -123,7 +126,7 @@ struct afk_plan {
     int tty_fd;       /* slave of the new controlling terminal, or -1 */
     int tty_master_fd;
     sigset_t caller_mask; /* filled by afk_fork() */
-    sigset_t had_handler; /* filled in the child: signals that were reset to SIG_DFL */
+    sigset_t was_reset; /* filled in the child: signals that were reset to SIG_DFL */
 };
 void afk_plan_init(struct afk_plan *plan);
 /* Returns 0 or -ENOSPC. */

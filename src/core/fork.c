@@ -18,7 +18,7 @@ afk_plan_init(struct afk_plan *plan)
     plan->dispositions = AFK_DISPOSITIONS_KEEP;
     (void)sigemptyset(&plan->reset);
     (void)sigemptyset(&plan->child_mask);
-    (void)sigemptyset(&plan->had_handler);
+    (void)sigemptyset(&plan->was_reset);
     plan->keep_mask = true;
     plan->life_fd = plan->status_fd = plan->tty_fd = plan->tty_master_fd = -1;
 }

@@ -3,7 +3,8 @@
  * child: a foreign child that kept a lifeline's write end would keep the worker
  * alive after its owner.
  *
- * Rules: no locks (a fork may come from any thread at any time). A slot is zero
+ * Rules: the table has no locks (a fork may come from any thread at any time), only
+ * the making of a lifeline has one, which every fork takes first. A slot is zero
  * when empty, so that zeroed memory is an empty table; chunks are never freed. A
  * forked child closes the write ends first: if it is the last to hold both ends
  * of a lifeline, closing the read end first would leave nobody to be told.
@@ -14,10 +15,12 @@
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
+#include <time.h>
 #include <unistd.h>
 
 #define SLOTS 256
-#define HOOKS_MAX 4
+#define HOOKS_MAX 8
+#define WINDOW_SECONDS 2 /* a window is three system calls long, or a fork */
 
 struct chunk {
     atomic_int slot[SLOTS];
@@ -34,12 +37,54 @@ static atomic_uint generation;
 static void (*hooks[HOOKS_MAX])(void);
 static atomic_uint n_hooks;
 
+/* Keeps the making of a write end and its registration apart from a fork of another
+ * thread, with which the maker may have no GIL in common. A fork waits for a bounded
+ * time only: it may come from a signal handler that interrupted the maker. */
+static pthread_mutex_t window = PTHREAD_MUTEX_INITIALIZER;
+static atomic_bool forking;       /* the window's holder is a fork, */
+static _Atomic(pthread_t) forker; /* of this thread */
+
+void
+afk_lifeline_begin(void)
+{
+    (void)pthread_mutex_lock(&window);
+}
+
+void
+afk_lifeline_end(void)
+{
+    (void)pthread_mutex_unlock(&window);
+}
+
+static void
+before_fork(void)
+{
+    struct timespec until;
+    (void)clock_gettime(CLOCK_REALTIME, &until);
+    until.tv_sec += WINDOW_SECONDS;
+    if (pthread_mutex_timedlock(&window, &until) == 0) {
+        atomic_store(&forker, pthread_self());
+        atomic_store(&forking, true);
+    }
+}
+
+static void
+after_fork_in_parent(void)
+{
+    if (atomic_load(&forking) && pthread_equal(atomic_load(&forker), pthread_self())) {
+        atomic_store(&forking, false);
+        (void)pthread_mutex_unlock(&window);
+    }
+}
+
 /* Async-signal-safe: it runs inside fork(2) of any thread, see
  * pthread_atfork(3). */
 static void
 in_forked_child(void)
 {
     atomic_fetch_add(&generation, 1);
+    atomic_store(&forking, false);
+    window = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
     for (int write_ends = 1; write_ends >= 0; write_ends--) {
         for (struct chunk *c = &first; c != NULL; c = atomic_load(&c->next)) {
             for (unsigned i = 0; i < SLOTS; i++) {
@@ -59,7 +104,7 @@ __attribute__((constructor)) static void
 loaded(void)
 {
     /* Fails with ENOMEM only; then no fd is ever registered, see below. */
-    if (pthread_atfork(NULL, NULL, in_forked_child) != 0)
+    if (pthread_atfork(before_fork, after_fork_in_parent, in_forked_child) != 0)
         abort();
 }
 
@@ -76,6 +121,9 @@ afk_at_fork_child(void (*hook)(void))
     if (i < HOOKS_MAX) {
         hooks[i] = hook;
         atomic_store(&n_hooks, i + 1);
+    }
+    else {
+        abort(); /* while the library is loaded: one more file of ours than HOOKS_MAX */
     }
 }
 

@@ -81,6 +81,35 @@ afk_child_unref(struct anyfork_child *child)
     free(child);
 }
 
+/* On failure what is left in `life` is the caller's to close. */
+static int
+make_lifeline(struct anyfork_child *child, int life[2])
+{
+    int r = afk_os_pipe(life, O_CLOEXEC);
+    if (r < 0)
+        return r;
+    child->life_read = life[0];
+    life[0] = -1;
+    r = afk_lifeline_register(child->life_read, false);
+    if (r < 0)
+        return r;
+    /* A dying process closes its fds in ascending order, but the kernel takes
+     * the files apart from the last to the first (fput() in fs/file_table.c,
+     * task_work_run() is last-in first-out since Linux 4.3). The write end must
+     * go first, so have the higher number: with the read end of a worker that
+     * has closed its own goes whoever would get the signal. */
+    if (life[1] < child->life_read) {
+        r = afk_os_dup_above(life[1], child->life_read + 1);
+        if (r < 0)
+            return r;
+        afk_os_close(life[1]);
+        life[1] = r;
+    }
+    child->life_write = life[1];
+    life[1] = -1;
+    return afk_lifeline_register(child->life_write, true);
+}
+
 int
 afk_child_new(struct anyfork_child **ret_child, struct afk_plan *plan,
               struct anyfork_error *reterr)
@@ -106,29 +135,9 @@ afk_child_new(struct anyfork_child **ret_child, struct afk_plan *plan,
     (void)fcntl(child->status_fd, F_SETFL, O_NONBLOCK);
 
     what = "lifeline pipe";
-    r = afk_os_pipe(life, O_CLOEXEC);
-    if (r < 0)
-        goto fail;
-    child->life_read = life[0];
-    life[0] = -1;
-    r = afk_lifeline_register(child->life_read, false);
-    if (r < 0)
-        goto fail;
-    /* A dying process closes its fds in ascending order, but the kernel takes
-     * the files apart from the last to the first (fput() in fs/file_table.c,
-     * task_work_run() is last-in first-out since Linux 4.3). The write end must
-     * go first, so have the higher number: with the read end of a worker that
-     * has closed its own goes whoever would get the signal. */
-    if (life[1] < child->life_read) {
-        r = afk_os_dup_above(life[1], child->life_read + 1);
-        if (r < 0)
-            goto fail;
-        afk_os_close(life[1]);
-        life[1] = r;
-    }
-    child->life_write = life[1];
-    life[1] = -1;
-    r = afk_lifeline_register(child->life_write, true);
+    afk_lifeline_begin();
+    r = make_lifeline(child, life);
+    afk_lifeline_end();
     if (r < 0)
         goto fail;
     r = afk_os_dup_above(child->life_read, 0);

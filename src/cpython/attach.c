@@ -393,6 +393,11 @@ afk_swap(PyThreadState *to)
         return;
     }
     (void)PyEval_SaveThread();
+    if (to->interp == PyInterpreterState_Main() && afk_pad_borrow_gil()) {
+        set_holds_gil(to, true);
+        afk_enter(lo, to);
+        return;
+    }
     afk_attach(to, to->interp);
 }
 
@@ -405,10 +410,19 @@ afk_swap_back(PyThreadState *fresh, PyThreadState *to)
 {
     const struct afk_layout *lo = afk_layout();
     PyThreadState_Clear(fresh);
-    if (can_keep_gil(lo, fresh, to) &&
-        __atomic_load_n(afk_gil_holder(lo, *afk_interp_gil(lo, to->interp)), __ATOMIC_RELAXED) != fresh) {
+    bool kept = lo->state[AFK_FEATURE_ATTACH] == AFK_READY &&
+                __atomic_load_n(afk_gil_holder(lo, *afk_interp_gil(lo, fresh->interp)),
+                                __ATOMIC_RELAXED) != fresh;
+    if (kept && can_keep_gil(lo, fresh, to)) {
         keep_gil_and_enter(lo, fresh, to);
         PyThreadState_Delete(fresh);
+        return;
+    }
+    if (afk_pad_begin_return(kept)) {
+        afk_leave(lo, fresh);
+        PyThreadState_Delete(fresh);
+        afk_pad_end_return();
+        afk_attach(to, to->interp);
         return;
     }
     /* It leaves the interpreter's list before the GIL is released. Cleared but

@@ -123,7 +123,7 @@ settle(PyObject *boot, const struct afk_job *job, struct afk_forking *f)
         (void)PyThreadState_Swap(f->tm);
         if (f->parked)
             afk_run_child_hooks(f->main_hooks);
-        afk_default_python_handlers(&f->plan.had_handler);
+        afk_default_python_handlers(&f->plan.was_reset);
         (void)PyThreadState_Swap(f->ts);
         afk_clear_atexit(); /* before the hooks: they may register their own */
         if (f->parked)
@@ -133,7 +133,7 @@ settle(PyObject *boot, const struct afk_job *job, struct afk_forking *f)
         afk_clear_atexit();
         if (f->parked)
             afk_run_child_hooks(f->main_hooks);
-        afk_default_python_handlers(&f->plan.had_handler);
+        afk_default_python_handlers(&f->plan.was_reset);
     }
     if (f->ts->interp != f->main)
         afk_forbid_os_fork();

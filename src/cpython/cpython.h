@@ -215,6 +215,12 @@ int afk_pad_run(const struct afk_pad_work *work, int64_t timeout_ns,
 /* The job's point of no return: false if its caller has given up. True on any
  * thread that is no pad. */
 bool afk_pad_commit(void);
+/* On the pad, detached: takes over main's GIL, if the caller lends it. */
+bool afk_pad_borrow_gil(void);
+/* Before the state that runs on it is left: true if it goes back to the caller, and
+ * then afk_pad_end_return(). Not ours any more: it is let go. */
+bool afk_pad_begin_return(bool is_ours);
+void afk_pad_end_return(void);
 /* Stops the pad and ends its interpreter. Call with main's thread state. */
 int afk_pad_stop(int64_t timeout_ns);
 void afk_pad_begin(void); /* main's Python starts */

@@ -24,6 +24,18 @@
 
 enum { REQUESTED, RUNNING, COMMITTED, DONE, ABANDONED };
 
+/* Main's GIL, which the caller need not let go: it only waits. Beside busy threads
+ * pad and caller would each have to win it back. */
+enum loan {
+    NO_LOAN,
+    OFFERED,   /* by the caller, detached from a state that holds it */
+    TAKEN,     /* the pad's fresh state of main runs on it */
+    RETURNING, /* the pad will not let it go any more */
+    RETURNED,
+    SPENT,     /* somebody else got it: a hook waited for something */
+    REVOKED,   /* the caller gave up, and waits for the GIL as anybody does */
+};
+
 /* Freed by whichever of caller and pad is the last to let go. */
 struct request {
     atomic_int state;
@@ -31,6 +43,7 @@ struct request {
     sem_t done;
     struct afk_pad_work work;
     cpu_set_t caller_cpus; /* a worker runs where its caller may */
+    atomic_int loan;
     int result;
     struct anyfork_error error;
 };
@@ -41,6 +54,7 @@ struct pad {
     _Atomic(struct request *) request; /* taken by exchange, by pad or caller */
     atomic_bool quit;
     atomic_bool failed; /* its thread has returned, or is about to */
+    atomic_bool idle;   /* waits for nothing but a request */
 };
 
 static pthread_mutex_t door = PTHREAD_MUTEX_INITIALIZER; /* one request at a time */
@@ -112,6 +126,41 @@ afk_pad_commit(void)
     int running = RUNNING;
     return serving == NULL ||
            atomic_compare_exchange_strong(&serving->state, &running, COMMITTED);
+}
+
+bool
+afk_pad_borrow_gil(void)
+{
+    int offered = OFFERED;
+    return serving != NULL && atomic_compare_exchange_strong(&serving->loan, &offered, TAKEN);
+}
+
+bool
+afk_pad_begin_return(bool is_ours)
+{
+    int taken = TAKEN;
+    return serving != NULL &&
+           atomic_compare_exchange_strong(&serving->loan, &taken, is_ours ? RETURNING : SPENT) &&
+           is_ours;
+}
+
+void
+afk_pad_end_return(void)
+{
+    atomic_store(&serving->loan, RETURNED);
+}
+
+/* By the caller, once it waits no more: true if ts holds the GIL as before. */
+static bool
+end_loan(struct request *r)
+{
+    int loan = atomic_load(&r->loan);
+    while ((loan == OFFERED || loan == TAKEN) &&
+           !atomic_compare_exchange_weak(&r->loan, &loan, REVOKED))
+        ;
+    while (atomic_load(&r->loan) == RETURNING)
+        (void)sched_yield();
+    return loan == OFFERED || atomic_load(&r->loan) == RETURNED;
 }
 
 static void
@@ -206,7 +255,9 @@ pad_main(void *arg)
         if (r != NULL) /* NULL: an abandoned one was replaced */
             serve(r);
         (void)PyEval_SaveThread();
+        atomic_store(&p->idle, true);
         wait_for(&p->wake);
+        atomic_store(&p->idle, false);
         PyEval_RestoreThread(ts);
         if (atomic_load(&p->quit))
             break;
@@ -243,7 +294,7 @@ realtime_after(int64_t ns)
     return t;
 }
 
-/* Waits with the GIL released. */
+/* Waits detached. */
 static int
 await(struct request *r, int64_t deadline, struct anyfork_error *reterr)
 {
@@ -273,8 +324,11 @@ await(struct request *r, int64_t deadline, struct anyfork_error *reterr)
     }
 }
 
+/* lent: in, whether to offer main's GIL, which the caller has kept; out, whether it
+ * is the caller's again. */
 static int
-ask(struct pad *p, const struct afk_pad_work *work, int64_t deadline, struct anyfork_error *reterr)
+ask(struct pad *p, const struct afk_pad_work *work, int64_t deadline, bool *lent,
+    struct anyfork_error *reterr)
 {
     struct request *r = AFK_ALLOC("calloc(request)", calloc(1, sizeof *r));
     if (r == NULL) {
@@ -283,6 +337,7 @@ ask(struct pad *p, const struct afk_pad_work *work, int64_t deadline, struct any
     }
     (void)sem_init(&r->done, 0, 0);
     atomic_store(&r->users, 2);
+    atomic_store(&r->loan, *lent ? OFFERED : NO_LOAN);
     r->work = *work;
     if (pthread_getaffinity_np(pthread_self(), sizeof r->caller_cpus, &r->caller_cpus) != 0)
         memset(&r->caller_cpus, 0xff, sizeof r->caller_cpus);
@@ -291,6 +346,7 @@ ask(struct pad *p, const struct afk_pad_work *work, int64_t deadline, struct any
         let_go(unserved); /* its caller gave up while the pad was busy */
     wake_here(p->thread, &p->wake);
     int result = await(r, deadline, reterr);
+    *lent = end_loan(r);
     if (result >= 0 && work->collect != NULL)
         work->collect(work->arg, work->collect_into);
     let_go(r);
@@ -349,7 +405,8 @@ bring_up(int64_t deadline, struct anyfork_error *reterr)
         return AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_THREAD, errnum, "launch pad");
     }
     pad = p;
-    return ask(p, &(struct afk_pad_work){.job = came_up}, deadline, reterr);
+    bool lent = false;
+    return ask(p, &(struct afk_pad_work){.job = came_up}, deadline, &lent, reterr);
 }
 
 static int
@@ -363,7 +420,18 @@ run_with_door(const struct afk_pad_work *work, int64_t deadline, struct anyfork_
         drop_work(work);
         return r;
     }
-    return ask(pad, work, deadline, reterr);
+    bool lent = false;
+    return ask(pad, work, deadline, &lent, reterr);
+}
+
+/* With the door. Only to an idle pad: one that comes up, or comes back from a hook,
+ * needs main's GIL itself. */
+static bool
+can_lend(void)
+{
+    const struct afk_layout *lo = afk_layout();
+    return lo->state[AFK_FEATURE_ATTACH] == AFK_READY && !atomic_load(&stopped) && pad != NULL &&
+           atomic_load(&pad->idle) && !atomic_load(&pad->failed);
 }
 
 int
@@ -379,9 +447,25 @@ afk_pad_run(const struct afk_pad_work *work, int64_t timeout_ns, struct anyfork_
         }
         atomic_store(&registered, true);
     }
+    int result;
+    if (pthread_mutex_trylock(&door) == 0) {
+        if (can_lend()) {
+            const struct afk_layout *lo = afk_layout();
+            PyThreadState *me = PyThreadState_Get();
+            bool lent = true;
+            afk_leave(lo, me);
+            result = ask(pad, work, deadline, &lent, reterr);
+            (void)pthread_mutex_unlock(&door);
+            if (lent)
+                afk_enter(lo, me);
+            else
+                afk_attach(me, PyInterpreterState_Main());
+            return result;
+        }
+        (void)pthread_mutex_unlock(&door);
+    }
     struct timespec until = realtime_after(timeout_ns);
     PyThreadState *ts = PyEval_SaveThread();
-    int result;
     if (pthread_mutex_timedlock(&door, &until) != 0) {
         drop_work(work);
         result = AFK_FAIL(reterr, ANYFORK_ETIMEDOUT, ANYFORK_STAGE_PAD, ETIMEDOUT,

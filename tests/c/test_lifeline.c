@@ -129,16 +129,65 @@ static atomic_int hooks_run;
 static void hook(void) { atomic_fetch_add(&hooks_run, 1); }
 
 static void
-test_four_hooks_run_in_a_child(void **state)
+test_hooks_run_in_a_child(void **state)
 {
     (void)state;
-    for (int i = 0; i < 6; i++)
+    for (int i = 0; i < 4; i++)
         afk_at_fork_child(hook);
     pid_t pid = fork();
     if (pid == 0)
         _exit(atomic_load(&hooks_run));
     assert_int_equal(reap(pid), 4 << 8);
     assert_int_equal(atomic_load(&hooks_run), 0);
+}
+
+/* ---- no fork between making a write end and registering it ----------------------- */
+
+static atomic_bool window_closed;
+
+static void *
+fork_now(void *arg)
+{
+    pid_t pid = fork();
+    if (pid == 0)
+        _exit(atomic_load(&window_closed) ? 0 : 1);
+    *(int *)arg = reap(pid);
+    return NULL;
+}
+
+static void
+test_a_fork_waits_for_an_open_window(void **state)
+{
+    pthread_t thread;
+    int status = -1;
+    (void)state;
+
+    afk_lifeline_begin();
+    assert_int_equal(pthread_create(&thread, NULL, fork_now, &status), 0);
+    (void)usleep(100000); /* time for the fork to be wrong */
+    atomic_store(&window_closed, true);
+    afk_lifeline_end();
+    assert_int_equal(pthread_join(thread, NULL), 0);
+    assert_int_equal(status, 0);
+}
+
+static void
+test_a_fork_inside_its_own_window_is_late_but_works(void **state)
+{
+    (void)state;
+    afk_lifeline_begin();
+    pid_t pid = fork();
+    if (pid == 0) {
+        afk_lifeline_begin(); /* a window of its own: none is open here */
+        afk_lifeline_end();
+        _exit(0);
+    }
+    afk_lifeline_end();
+    assert_int_equal(reap(pid), 0);
+    pid = fork();
+    if (pid == 0)
+        _exit(0);
+    assert_int_equal(reap(pid), 0);
 }
 
 /* ---- no locks: forks beside threads that open and close -------------------------- */
@@ -190,7 +239,9 @@ main(void)
         CHECKED(test_an_fd_that_was_never_registered_is_closed_all_the_same),
         CHECKED(test_more_fds_than_one_chunk_holds),
         CHECKED(test_the_generation_counts_forks),
-        CHECKED(test_four_hooks_run_in_a_child),
+        CHECKED(test_hooks_run_in_a_child),
+        CHECKED(test_a_fork_waits_for_an_open_window),
+        CHECKED(test_a_fork_inside_its_own_window_is_late_but_works),
         CHECKED(test_a_fork_beside_busy_threads_closes_no_innocent_fd),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

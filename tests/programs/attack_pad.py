@@ -114,6 +114,26 @@ def main(mode: str) -> None:
                 thread.start()
             for thread in threads:
                 thread.join()
+        case "hooks":  # that let the GIL go, beside threads that want it
+            stop = threading.Event()
+            turns = [0, 0, 0]
+
+            def spin(n: int) -> None:
+                while not stop.is_set():
+                    turns[n] += 1
+
+            for n in range(len(turns)):
+                threading.Thread(target=spin, args=(n,)).start()
+            start()
+            nap = [0.0]
+            os.register_at_fork(before=lambda: time.sleep(nap[0]))
+            os.register_at_fork(after_in_parent=lambda: time.sleep(nap[0]))
+            for nap[0] in (0.0, 0.001, 0.02, 0.0) * 5:
+                before = list(turns)
+                start()
+                if nap[0] == 0.02:
+                    assert any(a > b for a, b in zip(turns, before, strict=True)), turns
+            stop.set()
         case "daemon":  # a daemon thread is inside a start when main ends
             start()
 

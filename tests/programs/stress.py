@@ -1,8 +1,9 @@
 """usage: stress.py [--count N] [--interpreters 4] [--threads 3] [--progress]
 
 Everything at once: N forks from several interpreters, legacy and isolated, on several
-threads each, twin forks and hops in turn, while one thread creates and destroys
-interpreters and another keeps the main interpreter busy.
+threads each, twin forks and hops in turn, and from main by the launch pad, while one
+thread creates and destroys interpreters, another keeps the main interpreter busy, and
+main's hooks now and then let its GIL go in the middle of a fork.
 
 Prints one line of JSON: forks, bad (exit codes other than 0), hung, churned, ms
 (median, p99, max of a fork), seconds, leftover interpreters and fds. Exit code 0 if
@@ -15,6 +16,7 @@ import argparse
 import gc
 import json
 import os
+import random
 import struct
 import sys
 import threading
@@ -108,6 +110,11 @@ def run(n: int, threads: int, ways: tuple[str, ...], fd: int) -> None:
         t.join()
 
 
+def nap() -> None:
+    if random.random() < 0.02:
+        time.sleep(0.0002)
+
+
 class Crowd:
     """The threads of main that never rest: one busy, one that churns interpreters."""
 
@@ -177,19 +184,24 @@ def main() -> int:
     start = time.monotonic()
     made = [subint.Interpreter(subint.KINDS[k % 2]) for k in range(options.interpreters)]
     ways = ("twin", "hop") if twin_works(made) else ("hop",)
-    share = [
-        options.count // len(made) + (k < options.count % len(made)) for k in range(len(made))
-    ]
+    places = len(made) + 1  # main is the last
+    share = [options.count // places + (k < options.count % places) for k in range(places)]
     failures: list[str] = []
 
     def drive(k: int) -> None:
         try:
-            made[k].run(f"import stress; stress.run({share[k]}, {options.threads}, {ways!r}, {w})")
+            if k == len(made):
+                run(share[k], options.threads, ("hop",), w)
+            else:
+                made[k].run(
+                    f"import stress; stress.run({share[k]}, {options.threads}, {ways!r}, {w})"
+                )
         except BaseException as exc:
             failures.append(str(exc))
 
+    os.register_at_fork(before=nap, after_in_parent=nap)
     with Crowd() as crowd:
-        drivers = [threading.Thread(target=drive, args=(k,)) for k in range(len(made))]
+        drivers = [threading.Thread(target=drive, args=(k,)) for k in range(places)]
         for t in drivers:
             t.start()
 
@@ -205,7 +217,7 @@ def main() -> int:
     for interpreter in made:
         interpreter.destroy()
     times.sort()
-    leftover = len(subint.interpreters()) - 1
+    leftover = len(subint.interpreters()) - 1 - _anyfork.runtime()["pad"]
     fds = len(os.listdir("/proc/self/fd")) - len(before)
     bad = sorted(code for code in codes if code not in (0, HUNG))
     hung = codes.count(HUNG)

@@ -28,6 +28,7 @@ PAD_MODES = {
     "forked": 0,
     "threads": 0,
     "daemon": 0,
+    "hooks": 0,
 }
 
 
