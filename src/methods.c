@@ -11,7 +11,9 @@ const struct afk_method afk_methods[] = {
         .memory = "the calling interpreter's: any callable",
         .may_wait_for = "main's GIL, before-fork hooks, the import lock",
         .target = AFK_TARGET_CALLER,
+        .has_process = true,
         .pad = AFK_PAD_NONE,
+        .start = afk_start_fork,
         .needs_in_main = AFK_FEATURE_HOP,
         .needs_elsewhere = AFK_FEATURE_TWIN,
     },
@@ -22,9 +24,50 @@ const struct afk_method afk_methods[] = {
         .memory = "main's: any callable from main, pickled from elsewhere",
         .may_wait_for = "main's GIL, before-fork hooks, the import lock, the launch pad",
         .target = AFK_TARGET_MAIN,
+        .has_process = true,
         .pad = AFK_PAD_SUBINT,
+        .start = afk_start_fork,
         .needs_in_main = AFK_FEATURE_HOP,
         .needs_elsewhere = AFK_FEATURE_HOP,
+    },
+    {
+        .name = "main_thread_forkserver",
+        .summary = "fork from a thread of main that runs no event loop",
+        .runs_in = "the main interpreter",
+        .memory = "main's: any callable from main, pickled from elsewhere",
+        .may_wait_for = "main's GIL, before-fork hooks, the import lock, the launch pad",
+        .target = AFK_TARGET_MAIN,
+        .has_process = true,
+        .pad = AFK_PAD_MAIN,
+        .start = afk_start_fork,
+        .needs_in_main = AFK_FEATURE_HOP,
+        .needs_elsewhere = AFK_FEATURE_HOP,
+    },
+    {
+        .name = "subint_forkserver",
+        .summary = "the same; the worker hosts its target in a sub-interpreter",
+        .runs_in = "a fresh sub-interpreter of the worker, on a thread of its own",
+        .memory = "none: pickled",
+        .may_wait_for = "main's GIL, before-fork hooks, the import lock, the launch pad",
+        .target = AFK_TARGET_FRESH,
+        .has_process = true,
+        .pad = AFK_PAD_MAIN,
+        .start = afk_start_fork,
+        .needs_in_main = AFK_FEATURE_HOP,
+        .needs_elsewhere = AFK_FEATURE_HOP,
+    },
+    {
+        .name = "subint",
+        .summary = "a sub-interpreter on a thread of this process; it cannot be killed",
+        .runs_in = "a fresh sub-interpreter of this process",
+        .memory = "none: pickled",
+        .may_wait_for = "main's GIL",
+        .target = AFK_TARGET_FRESH,
+        .has_process = false,
+        .pad = AFK_PAD_NONE,
+        .start = afk_start_subint,
+        .needs_in_main = AFK_FEATURE_NONE,
+        .needs_elsewhere = AFK_FEATURE_NONE,
     },
 };
 const unsigned afk_n_methods = sizeof afk_methods / sizeof *afk_methods;
@@ -44,12 +87,19 @@ anyfork_method_name(unsigned index)
     return index < afk_n_methods ? afk_methods[index].name : NULL;
 }
 
+bool
+afk_method_pickles(const struct afk_method *method, bool in_main)
+{
+    return method->target == AFK_TARGET_FRESH || (method->target == AFK_TARGET_MAIN && !in_main);
+}
+
 int
 afk_method_probe(const struct afk_method *method, struct anyfork_error *reterr)
 {
     bool in_main = PyInterpreterState_Get() == PyInterpreterState_Main();
+    enum afk_feature needs = in_main ? method->needs_in_main : method->needs_elsewhere;
+    if (needs == AFK_FEATURE_NONE)
+        return 0;
     int r = afk_layout_require(AFK_FEATURE_HOP, reterr);
-    if (r < 0)
-        return r;
-    return afk_layout_require(in_main ? method->needs_in_main : method->needs_elsewhere, reterr);
+    return r < 0 ? r : afk_layout_require(needs, reterr);
 }

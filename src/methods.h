@@ -5,13 +5,14 @@
 #include "cpython/cpython.h"
 
 enum afk_target {
-    AFK_TARGET_CALLER, /* runs in the calling interpreter, with its memory */
-    AFK_TARGET_MAIN,   /* runs in the main interpreter, with main's memory */
+    AFK_TARGET_CALLER, /* the calling interpreter, with its memory: any callable */
+    AFK_TARGET_MAIN,   /* the main interpreter, with main's memory */
+    AFK_TARGET_FRESH,  /* an interpreter made for it, with nobody's memory: by pickle */
 };
-enum afk_pad {
-    AFK_PAD_NONE,   /* always on the calling thread */
-    AFK_PAD_SUBINT, /* from main: on the thread of a sub-interpreter of its own */
-};
+
+struct afk_method;
+typedef int (*afk_method_start)(const struct afk_method *method, const struct afk_job *job,
+                                struct anyfork_child **ret_child, struct anyfork_error *reterr);
 
 struct afk_method {
     const char *name;
@@ -20,7 +21,9 @@ struct afk_method {
     const char *memory;
     const char *may_wait_for;
     enum afk_target target;
-    enum afk_pad pad;
+    bool has_process;     /* else no pid, no signals, no lifeline */
+    enum afk_pad pad;     /* AFK_PAD_SUBINT: from main only */
+    afk_method_start start;
     enum afk_feature needs_in_main;   /* when called in the main interpreter */
     enum afk_feature needs_elsewhere; /* when called in a sub-interpreter */
 };
@@ -29,6 +32,8 @@ extern const struct afk_method afk_methods[];
 extern const unsigned afk_n_methods;
 /* NULL if there is none of that name. */
 const struct afk_method *afk_method_find(const char *name);
+/* Whether a target changes interpreter on its way, so has to be pickled. */
+bool afk_method_pickles(const struct afk_method *method, bool in_main);
 /* 0, or a negative code with the reason why it cannot work for this caller. */
 int afk_method_probe(const struct afk_method *method, struct anyfork_error *reterr);
 

@@ -87,7 +87,8 @@ ANYFORK_API const char *anyfork_stage_text(int stage);
 struct anyfork_child;
 
 /* Process id, and a pidfd opened before the child could end. The pidfd belongs
- * to the handle; -1 after close. Call from: anywhere. Since 0.1. */
+ * to the handle; -1 after close. A worker that is a thread of this process
+ * (method "subint") has neither: 0 and -1. Call from: anywhere. Since 0.1. */
 ANYFORK_API pid_t anyfork_child_pid(const struct anyfork_child *child);
 ANYFORK_API int anyfork_child_pidfd(const struct anyfork_child *child);
 
@@ -110,11 +111,12 @@ ANYFORK_API int anyfork_child_wait(struct anyfork_child *child, int64_t timeout_
 
 /* Send a signal by pidfd: never to another process that got the same pid.
  * Returns 0 (also when the child has already ended), or ANYFORK_ESYSTEM with
- * errno set, ANYFORK_EFOREIGN. Call from: any thread. Since 0.1. */
+ * errno set, ANYFORK_EFOREIGN, ANYFORK_EUNAVAILABLE for a thread of this
+ * process. Call from: any thread. Since 0.1. */
 ANYFORK_API int anyfork_child_signal(struct anyfork_child *child, int sig);
 
 /* Kill the child if it lives, reap it, close its fds, free the handle. NULL is
- * fine. In a forked child of the owner it only frees: the worker is not touched.
+ * fine. A thread of this process cannot be killed: it goes on, unheard. In a forked child of the owner it only frees: the worker is not touched.
  * Call from: any thread, once; a wait of another thread then returns.
  * Blocks for: the child's death. Since 0.1. */
 ANYFORK_API void anyfork_child_close(struct anyfork_child *child);

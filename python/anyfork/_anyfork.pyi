@@ -17,8 +17,18 @@ class _MethodRow(TypedDict):
     runs_in: str
     memory: str
     may_wait_for: str
+    target: Literal["caller", "main", "fresh"]
+    has_process: bool
+    pickles: bool
     available: bool
     reason: str | None
+
+@final
+class _MethodTraits(TypedDict):
+    name: str
+    target: Literal["caller", "main", "fresh"]
+    has_process: bool
+    pickles: bool
 
 @final
 class _Runtime(TypedDict):
@@ -56,6 +66,9 @@ def spawn[ChildT: Child](
 
 def method_names() -> tuple[str, ...]:
     """The names of the rows, in the table's order."""
+
+def method_traits() -> list[_MethodTraits]:
+    """What is known of the rows without looking at the interpreter's layout."""
 
 def methods() -> list[_MethodRow]:
     """The rows of the table; ``available`` is for the calling interpreter."""
@@ -104,12 +117,12 @@ class Child:
     """A worker process, by its handle. Made by spawn() only."""
 
     @property
-    def pid(self) -> int:
-        """Process id."""
+    def pid(self) -> int | None:
+        """Process id; None for a thread of this process."""
 
     @property
-    def pidfd(self) -> int:
-        """Readable once the worker has ended; -1 after close()."""
+    def pidfd(self) -> int | None:
+        """Readable once the worker has ended; -1 after close(); None as for pid."""
 
     @property
     def report_fd(self) -> int:

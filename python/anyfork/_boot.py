@@ -237,9 +237,17 @@ def _reset_multiprocessing() -> None:
 
 
 def load(data: bytes) -> tuple[Callable[..., object], tuple[object, ...]]:
-    """Unpickle (fn, args), with the caller's module path behind this one's."""
-    path, payload = pickle.loads(data)
+    """Unpickle (fn, args), with the caller's module path behind this one's, and what was
+    its ``__main__`` as ours: imported under the name ``__mp_main__``, so that what is
+    guarded by ``if __name__ == "__main__"`` does not run."""
+    path, main, payload = pickle.loads(data)
     sys.path.extend(entry for entry in path if entry not in sys.path)
+    if main is not None:
+        from multiprocessing import spawn
+
+        kind, where = main
+        fix: Any = getattr(spawn, f"_fixup_main_from_{kind}")
+        fix(where)
     fn, args = pickle.loads(payload)
     return fn, args
 

@@ -10,17 +10,19 @@ from types import TracebackType
 from typing import Any, Self
 
 from . import _anyfork, _boot
-from ._errors import SpawnError, WorkerDied
+from ._errors import SpawnError, WorkerDied, worker_name
 
 
 class Child(_anyfork.Child):
-    """A worker process, as its owner holds it.
+    """A worker, as its owner holds it.
 
     Made by :func:`anyfork.spawn`. Attributes: ``pid``, ``pidfd`` (readable once
     the worker has ended), ``report_fd`` (readable when it reported), ``method``.
 
     The handle owns its worker: :meth:`close`, the end of a ``with`` block, and
-    the garbage collector kill what still runs, and reap it. In a forked child of
+    the garbage collector kill what still runs, and reap it. A worker by ``subint``
+    is a thread of this process: it has no ``pid`` and no ``pidfd``, cannot be
+    signalled, and goes on when its handle is closed. In a forked child of
     the owner the handle is foreign: it raises, and touches nothing.
 
     Safe from any thread of the interpreter that made it.
@@ -36,7 +38,7 @@ class Child(_anyfork.Child):
         the worker and nothing tells its status.
         """
         if not self._wait(True, timeout):
-            raise TimeoutError(f"worker {self.pid} still runs after {timeout} s")
+            raise TimeoutError(f"{worker_name(self.pid)} still runs after {timeout} s")
         code = self.returncode
         if code is None:
             raise WorkerDied(self.pid, None)
@@ -49,7 +51,7 @@ class Child(_anyfork.Child):
         how it ended; TimeoutError.
         """
         if not self._wait(False, timeout):
-            raise TimeoutError(f"worker {self.pid} is not ready after {timeout} s")
+            raise TimeoutError(f"{worker_name(self.pid)} is not ready after {timeout} s")
         if not self._ready:
             self._raise_start_failure()
 
@@ -69,7 +71,7 @@ class Child(_anyfork.Child):
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Wait for the worker's end; return what its target raised, or None."""
         if not self._wait(True, timeout):
-            raise TimeoutError(f"worker {self.pid} still runs after {timeout} s")
+            raise TimeoutError(f"{worker_name(self.pid)} still runs after {timeout} s")
         if not self._ready:
             return self._start_failure()
         kind, payload = self._outcome()
@@ -94,16 +96,19 @@ class Child(_anyfork.Child):
         return not self._poll()
 
     def terminate(self) -> None:
-        """Send SIGTERM; nothing happens if the worker has ended."""
+        """Send SIGTERM; nothing happens if the worker has ended.
+
+        Raises: MethodUnavailable if it is no process; SpawnError.
+        """
         self.signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """Send SIGKILL; nothing happens if the worker has ended."""
+        """Send SIGKILL; as :meth:`terminate`."""
         self.signal(signal.SIGKILL)
 
     def _start_failure(self) -> BaseException:
         """Why there is no READY record; the worker has ended, or reported ERROR."""
-        if not self._wait(True, 10):
+        if not self._wait(True, 10) and self.pid is not None:
             self.kill()
             self._wait(True, 10)
         if self._read_errno:
@@ -137,8 +142,9 @@ class Child(_anyfork.Child):
 
     def __del__(self) -> None:
         if not (self._closed or self._foreign or self._ended or self._poll()):
+            end = "it goes on, unheard" if self.pid is None else "killed"
             warnings.warn(
-                f"worker {self.pid} was still running when its handle was dropped: killed",
+                f"{worker_name(self.pid)} was still running when its handle was dropped: {end}",
                 ResourceWarning,
                 source=self,
                 stacklevel=2,

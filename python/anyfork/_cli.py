@@ -49,7 +49,8 @@ def _start_once(name: str) -> str | None:
         return None if status == 0 else f"the child's wait status was {status}"
     with spawn(os.getpid, method=name) as child:
         pid = child.result(30)
-        return None if pid == child.pid else f"worker {child.pid} said it was {pid}"
+        expected = os.getpid() if child.pid is None else child.pid
+        return None if pid == expected else f"worker {expected} said it was {pid}"
 
 
 def _try_method(name: str, origin: Literal["main"] | _lab.Kind) -> tuple[str | None, float]:

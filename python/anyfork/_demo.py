@@ -195,7 +195,7 @@ class Raw(NamedTuple):
     start_seconds: list[float]
     results: list[Hashed | None]
     errors: list[str | None]
-    pids: list[int]
+    pids: list[int | None]
 
 
 class Workers:
@@ -269,7 +269,7 @@ async def _wait_for(workers: Workers, child: Child) -> None:
     while child.is_alive():
         async with trio.open_nursery() as nursery:
             for fd in (child.pidfd, child.report_fd):
-                if fd >= 0:
+                if fd is not None and fd >= 0:
                     nursery.start_soon(readable, fd, nursery.cancel_scope)
     workers.collect(child)
 
@@ -294,7 +294,7 @@ def run_here(method: str, shares: list[list[bytes]], progress_fd: int, stop_fd: 
             poll.register(stop_fd, select.POLLIN)
             for child in alive:
                 for fd in (child.pidfd, child.report_fd):
-                    if fd >= 0:
+                    if fd is not None and fd >= 0:
                         poll.register(fd, select.POLLIN)
             if any(fd == stop_fd for fd, _ in poll.poll()):
                 workers.close()
@@ -504,7 +504,7 @@ async def run_batch(
     finally:
         progress.close()
     verified, changed, problems = job.check(raw)
-    left = [pid for pid in raw.pids if _is_child(pid)]
+    left = [pid for pid in raw.pids if pid is not None and _is_child(pid)]
     if left:
         problems.append(f"processes left over: {left}")
     places = {result.in_main for result in raw.results if result is not None}

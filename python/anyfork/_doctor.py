@@ -229,6 +229,7 @@ def _be_owner(method: str, pid_fd: int) -> None:
     """Own a worker, say which, and wait to be killed."""
     child = spawn(_spin, method=method)
     child.wait_ready(_LIFELINE_TIMEOUT)
+    assert child.pid is not None
     os.write(pid_fd, child.pid.to_bytes(4, "little"))
     time.sleep(_SLEEP)
 
@@ -304,7 +305,7 @@ def try_method(method: str) -> dict[str, Any]:
 def command(as_json: bool) -> int:
     """The subcommand; returns its exit status."""
     report: dict[str, Any] = dict(facts())
-    available = [method for method in methods() if method.available]
+    available = [method for method in methods() if method.available and method.has_process]
     with _console.Progress(1) as progress:
         progress.begin("trying", len(BUGS) + len(available))
         bugs, workers = [], []

@@ -47,18 +47,18 @@ class WorkerDied(Exception):
     """A worker ended without a result.
 
     Attributes:
-      pid: its process id.
+      pid: its process id; None for a thread of this process.
       status: its wait status, as of :func:`os.waitpid`; None if the host reaped
         it and no record tells.
       returncode: the exit code, or the negated signal number, or None.
     """
 
-    def __init__(self, pid: int, status: int | None, detail: str = "") -> None:
+    def __init__(self, pid: int | None, status: int | None, detail: str = "") -> None:
         self.pid = pid
         self.status = status
         self.detail = detail
         self.returncode = None if status is None else os.waitstatus_to_exitcode(status)
-        text = f"worker {pid} {describe_status(status)}"
+        text = f"{worker_name(pid)} {describe_status(status)}"
         super().__init__(f"{text}: {detail}" if detail else text)
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -81,6 +81,11 @@ class RemoteError(Exception):
 
     def __reduce__(self) -> tuple[object, ...]:
         return (type(self), (self.type_name, self.text, self.traceback_text))
+
+
+def worker_name(pid: int | None) -> str:
+    """What to call a worker; without a pid it is a thread of this process."""
+    return "the sub-interpreter" if pid is None else f"worker {pid}"
 
 
 def describe_status(status: int | None) -> str:
@@ -117,11 +122,12 @@ def from_c(
 
             version = sys.version.split()[0]
             what = f"unknown interpreter layout ({detail}; CPython {version})"
+        started = "" if stage == "signal" else "nothing was started. "
         return MethodUnavailable(
             stage,
             None,
             method,
-            f"{what}; nothing was started. `anyfork methods` shows what works here; see {_DOCS}",
+            f"{what}; {started}`anyfork methods` shows what works here; see {_DOCS}",
         )
     if errno in (_errno.EMFILE, _errno.ENFILE):
         detail = "; ".join(filter(None, (detail, _descriptor_limit())))

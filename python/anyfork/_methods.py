@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from . import _anyfork
 
@@ -10,7 +10,10 @@ from . import _anyfork
 class Method(NamedTuple):
     """One row of the table.
 
-    ``available`` is for the calling interpreter; ``reason`` says why not.
+    ``target``: whose interpreter and memory the target runs in, the caller's, main's or
+    fresh ones. ``has_process``: it is a process, with a pid and signals. ``pickles``: its target
+    and result are pickled on the way there, from the calling interpreter.
+    ``available`` is for the calling interpreter too; ``reason`` says why not.
     """
 
     name: str
@@ -18,6 +21,9 @@ class Method(NamedTuple):
     runs_in: str
     memory: str
     may_wait_for: str
+    target: Literal["caller", "main", "fresh"]
+    has_process: bool
+    pickles: bool
     available: bool
     reason: str | None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import sys
 from collections.abc import Callable
@@ -10,8 +11,9 @@ from typing import Any
 from . import _anyfork
 from ._child import Child
 
-# The table is fixed when the library is built.
+# The table is fixed when the library is built, and an interpreter stays what it is.
 _NAMES: tuple[str, ...] = _anyfork.method_names()
+_TRAITS = {row["name"]: row for row in _anyfork.method_traits()}
 
 
 def _check(fn: object, method: object) -> str:
@@ -31,10 +33,30 @@ def _pickled(fn: Callable[..., object], args: tuple[object, ...], method: str) -
         payload = pickle.dumps((fn, args), protocol=5)
     except Exception as exc:
         raise TypeError(
-            f"{method}: the target runs in the main interpreter, and from a sub-interpreter it "
-            f"must be picklable: {type(exc).__name__}: {exc}. Or use method='fork'"
+            f"{method}: the target runs in another interpreter, so it and its arguments must be "
+            f"picklable: {type(exc).__name__}: {exc}. Or use method='fork'"
         ) from exc
-    return pickle.dumps(([p for p in sys.path if isinstance(p, str)], payload), protocol=5)
+    main = None
+    if _TRAITS[method]["target"] == "fresh" and b"__main__" in payload:
+        main = _main_program(method)
+    path = [p for p in sys.path if isinstance(p, str)]
+    return pickle.dumps((path, main, payload), protocol=5)
+
+
+def _main_program(method: str) -> tuple[str, str]:
+    """How a fresh interpreter finds what is defined in ``__main__``: ("name", module) or
+    ("path", file), as multiprocessing's spawn method does."""
+    module: Any = sys.modules["__main__"]
+    name = getattr(getattr(module, "__spec__", None), "name", None)
+    if name is not None:
+        return "name", name
+    path = getattr(module, "__file__", None)
+    if path is None or not os.path.exists(path):
+        raise TypeError(
+            f"{method}: the target is defined in an interactive __main__, which a fresh "
+            "interpreter cannot import: put it in a module, or use method='fork'"
+        )
+    return "path", os.path.abspath(path)
 
 
 def spawn(fn: Callable[..., object], /, *args: object, method: str | None = None) -> Child:
@@ -42,8 +64,7 @@ def spawn(fn: Callable[..., object], /, *args: object, method: str | None = None
 
     Args:
       fn: any callable for methods that run in the caller's memory; picklable
-        where the target changes interpreter (``subint_fork`` from a
-        sub-interpreter).
+        where the target changes interpreter, as :func:`anyfork.methods` says.
       args: its arguments.
       method: a name of :func:`anyfork.methods`; required.
 
@@ -59,7 +80,7 @@ def spawn(fn: Callable[..., object], /, *args: object, method: str | None = None
     interpreter, also inside ``trio.run`` or an asyncio loop.
     """
     name = _check(fn, method)
-    if name != "fork" and not _anyfork.in_main():
+    if _TRAITS[name]["pickles"]:
         return _anyfork.spawn(Child, name, _pickled(fn, args, name), ())
     return _anyfork.spawn(Child, name, fn, args)
 

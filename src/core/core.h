@@ -79,6 +79,19 @@ struct afk_report {
 };
 /* Async-signal-safe. Returns 0 or a negative errno. */
 int afk_report_write(int fd, const struct afk_report *report);
+/* Who reports, and over what: nothing is said by a process that came from a fork of
+ * it, nor into a descriptor that got the number after the target closed ours. */
+struct afk_reporter {
+    int fd;
+    unsigned generation;
+    dev_t device;
+    ino_t inode;
+};
+/* Returns 0 or a negative errno. */
+int afk_reporter_init(struct afk_reporter *reporter, int fd);
+/* A record and its payload. A failure means that the owner has gone. */
+void afk_reporter_send(const struct afk_reporter *reporter, int kind, int stage, int value,
+                       const char *payload, size_t size);
 /* 0 if `report` is well formed, else -EBADMSG. */
 int afk_report_check(const struct afk_report *report);
 
@@ -151,6 +164,10 @@ struct afk_payload {
  * Returns 0 or a negative enum anyfork_code with reterr filled. */
 int afk_child_new(struct anyfork_child **ret_child, struct afk_plan *plan,
                   struct anyfork_error *reterr);
+/* The same for a worker that is a thread of this process: no pid, no lifeline, and
+ * nothing to kill. *ret_fd is its end of the report socket. */
+int afk_child_new_in_process(struct anyfork_child **ret_child, int *ret_fd,
+                             struct anyfork_error *reterr);
 /* After the fork, in the parent: pidfd, then the byte that lets the child go on.
  * On failure the child has been killed and reaped. */
 int afk_child_adopt(struct anyfork_child *child, pid_t pid, struct afk_plan *plan,
@@ -174,7 +191,7 @@ enum afk_status_from {
     AFK_STATUS_LOST,        /* reaped by the host */
 };
 struct afk_child_view {
-    pid_t pid;
+    pid_t pid;              /* 0: a thread of this process */
     int pidfd;
     int status_fd;
     bool foreign;

@@ -30,7 +30,8 @@ struct anyfork_child {
     atomic_uint refs;     /* the owner's, and one for each call under way */
     pthread_mutex_t lock; /* short steps only, never across a wait or a fork */
     unsigned generation;
-    pid_t pid;
+    pid_t pid;       /* 0: none yet, or a thread of this process */
+    bool in_process;
     int pidfd;
     int status_fd;   /* our end of the socket, non-blocking; -1 after end-of-file */
     int life_write;  /* closes with the owner: that is the lifeline */
@@ -110,30 +111,71 @@ make_lifeline(struct anyfork_child *child, int life[2])
     return afk_lifeline_register(child->life_write, true);
 }
 
-int
-afk_child_new(struct anyfork_child **ret_child, struct afk_plan *plan,
-              struct anyfork_error *reterr)
+static struct anyfork_child *
+allocate(void)
 {
-    int status[2] = {-1, -1}, life[2] = {-1, -1};
-    const char *what = "report socket";
     struct anyfork_child *child = AFK_ALLOC("calloc(child)", calloc(1, sizeof *child));
     if (child == NULL)
-        return AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_MEMORY, ENOMEM, "worker handle");
+        return NULL;
     atomic_store(&child->refs, 1);
     (void)pthread_mutex_init(&child->lock, NULL);
     child->generation = afk_generation();
     child->pidfd = child->status_fd = child->life_write = child->life_read = -1;
+    return child;
+}
 
+/* *ret_fd is the worker's end; -1 on failure. */
+static int
+make_report_socket(struct anyfork_child *child, int *ret_fd)
+{
+    int status[2];
+    *ret_fd = -1;
     int r = afk_os_socketpair(status);
     if (r < 0)
-        goto fail;
+        return r;
     child->status_fd = status[0];
-    status[0] = -1;
+    *ret_fd = status[1];
     r = afk_lifeline_register(child->status_fd, false);
+    if (r < 0) {
+        afk_os_close(*ret_fd);
+        *ret_fd = -1;
+        return r;
+    }
+    (void)fcntl(child->status_fd, F_SETFL, O_NONBLOCK);
+    return 0;
+}
+
+int
+afk_child_new_in_process(struct anyfork_child **ret_child, int *ret_fd,
+                         struct anyfork_error *reterr)
+{
+    struct anyfork_child *child = allocate();
+    if (child == NULL)
+        return AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_MEMORY, ENOMEM, "worker handle");
+    child->in_process = true;
+    int r = make_report_socket(child, ret_fd);
+    if (r < 0) {
+        afk_child_unref(child);
+        return AFK_FAIL(reterr, ANYFORK_ESYSTEM,
+                        r == -ENOMEM ? ANYFORK_STAGE_MEMORY : ANYFORK_STAGE_PIPE, -r,
+                        "report socket");
+    }
+    *ret_child = child;
+    return 0;
+}
+
+int
+afk_child_new(struct anyfork_child **ret_child, struct afk_plan *plan,
+              struct anyfork_error *reterr)
+{
+    int status_fd = -1, life[2] = {-1, -1};
+    const char *what = "report socket";
+    struct anyfork_child *child = allocate();
+    if (child == NULL)
+        return AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_MEMORY, ENOMEM, "worker handle");
+    int r = make_report_socket(child, &status_fd);
     if (r < 0)
         goto fail;
-    (void)fcntl(child->status_fd, F_SETFL, O_NONBLOCK);
-
     what = "lifeline pipe";
     afk_lifeline_begin();
     r = make_lifeline(child, life);
@@ -145,16 +187,15 @@ afk_child_new(struct anyfork_child **ret_child, struct afk_plan *plan,
         goto fail;
     life[0] = r;
 
-    plan->status_fd = status[1];
+    plan->status_fd = status_fd;
     plan->life_fd = life[0];
     *ret_child = child;
     return 0;
 
 fail:
-    for (int i = 0; i < 2; i++) {
-        afk_os_close(status[i]);
-        afk_os_close(life[i]);
-    }
+    afk_os_close(status_fd);
+    afk_os_close(life[0]);
+    afk_os_close(life[1]);
     afk_child_unref(child);
     return AFK_FAIL(reterr, ANYFORK_ESYSTEM, r == -ENOMEM ? ANYFORK_STAGE_MEMORY : ANYFORK_STAGE_PIPE,
                     -r, what);
@@ -322,6 +363,15 @@ reap(struct anyfork_child *child, bool block)
     afk_lifeline_close(&child->life_read);
 }
 
+/* A thread of this process has ended when it has closed its end of the socket. */
+static void
+end_in_process(struct anyfork_child *child)
+{
+    child->ended = child->reaped = true;
+    child->status = child->exit_report;
+    child->status_from = child->has_exit_report ? AFK_STATUS_FROM_REPORT : AFK_STATUS_LOST;
+}
+
 /* Whether the process has ended, without asking for its status: somebody else
  * may have reaped it, and waitid(2) says ECHILD for that only once it is dead. */
 static bool
@@ -338,7 +388,9 @@ afk_child_poll(struct anyfork_child *child)
         return ANYFORK_EFOREIGN;
     (void)pthread_mutex_lock(&child->lock);
     drain(child);
-    if (!child->ended && dead(child))
+    if (child->in_process && !child->ended && child->status_fd < 0)
+        end_in_process(child);
+    else if (!child->in_process && !child->ended && dead(child))
         reap(child, false);
     int r = child->ended;
     (void)pthread_mutex_unlock(&child->lock);
@@ -441,6 +493,8 @@ anyfork_child_signal(struct anyfork_child *child, int sig)
 {
     if (child->generation != afk_generation())
         return ANYFORK_EFOREIGN;
+    if (child->in_process)
+        return ANYFORK_EUNAVAILABLE;
     if (child->ended)
         return 0;
     int r = afk_os_pidfd_signal(child->pidfd, sig);
@@ -466,6 +520,8 @@ anyfork_child_close(struct anyfork_child *child)
             (void)anyfork_child_wait(child, DEATH_WAIT_NS, NULL);
         }
         (void)pthread_mutex_lock(&child->lock);
+        if (child->in_process && !child->ended)
+            end_in_process(child); /* as far as this handle goes */
         if (child->ended && !child->reaped)
             reap(child, false);
         (void)pthread_mutex_unlock(&child->lock);

@@ -8,6 +8,8 @@
 
 #include <errno.h>
 #include <string.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 _Static_assert(sizeof(struct afk_report) == 64, "wire format");
@@ -17,9 +19,36 @@ afk_report_write(int fd, const struct afk_report *report)
 {
     ssize_t n;
     do
-        n = write(fd, report, sizeof *report);
+        n = send(fd, report, sizeof *report, MSG_NOSIGNAL);
     while (n < 0 && errno == EINTR);
     return n == (ssize_t)sizeof *report ? 0 : n < 0 ? -errno : -EIO;
+}
+
+int
+afk_reporter_init(struct afk_reporter *reporter, int fd)
+{
+    struct stat now;
+    if (fstat(fd, &now) < 0)
+        return -errno;
+    *reporter = (struct afk_reporter){fd, afk_generation(), now.st_dev, now.st_ino};
+    return 0;
+}
+
+void
+afk_reporter_send(const struct afk_reporter *reporter, int kind, int stage, int value,
+                  const char *payload, size_t size)
+{
+    struct stat now;
+    if (afk_generation() != reporter->generation || fstat(reporter->fd, &now) < 0 ||
+        now.st_ino != reporter->inode || now.st_dev != reporter->device)
+        return;
+    struct afk_report record = {.magic = AFK_REPORT_MAGIC,
+                                .kind = (uint16_t)kind,
+                                .stage = (uint16_t)stage,
+                                .value = value,
+                                .payload_bytes = size};
+    if (afk_report_write(reporter->fd, &record) == 0 && size > 0)
+        (void)afk_os_write_all(reporter->fd, payload, size);
 }
 
 int

@@ -386,13 +386,14 @@ keep_gil_and_enter(const struct afk_layout *lo, PyThreadState *from, PyThreadSta
 void
 afk_swap(PyThreadState *to)
 {
-    const struct afk_layout *lo = afk_layout();
-    PyThreadState *from = PyThreadState_Get();
-    if (can_keep_gil(lo, from, to)) {
+    const struct afk_layout *lo = afk_layout_if_known(); /* with no state attached */
+    PyThreadState *from = PyThreadState_GetUnchecked();
+    if (from != NULL && lo != NULL && can_keep_gil(lo, from, to)) {
         keep_gil_and_enter(lo, from, to);
         return;
     }
-    (void)PyEval_SaveThread();
+    if (from != NULL)
+        (void)PyEval_SaveThread();
     if (to->interp == PyInterpreterState_Main() && afk_pad_borrow_gil()) {
         set_holds_gil(to, true);
         afk_enter(lo, to);
@@ -413,7 +414,7 @@ afk_swap_back(PyThreadState *fresh, PyThreadState *to)
     bool kept = lo->state[AFK_FEATURE_ATTACH] == AFK_READY &&
                 __atomic_load_n(afk_gil_holder(lo, *afk_interp_gil(lo, fresh->interp)),
                                 __ATOMIC_RELAXED) != fresh;
-    if (kept && can_keep_gil(lo, fresh, to)) {
+    if (kept && to != NULL && can_keep_gil(lo, fresh, to)) {
         keep_gil_and_enter(lo, fresh, to);
         PyThreadState_Delete(fresh);
         return;
@@ -422,12 +423,13 @@ afk_swap_back(PyThreadState *fresh, PyThreadState *to)
         afk_leave(lo, fresh);
         PyThreadState_Delete(fresh);
         afk_pad_end_return();
-        afk_attach(to, to->interp);
-        return;
     }
-    /* It leaves the interpreter's list before the GIL is released. Cleared but
-     * still listed, it would be cleared a second time in the child of a thread
-     * that forks just then, and _PyThreadState_DeleteList asserts. */
-    PyThreadState_DeleteCurrent();
-    afk_attach(to, to->interp);
+    else {
+        /* It leaves the interpreter's list before the GIL is released. Cleared but
+         * still listed, it would be cleared a second time in the child of a thread
+         * that forks just then, and _PyThreadState_DeleteList asserts. */
+        PyThreadState_DeleteCurrent();
+    }
+    if (to != NULL)
+        afk_attach(to, to->interp);
 }

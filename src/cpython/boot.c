@@ -11,7 +11,6 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 static char *package_parent;
@@ -62,35 +61,9 @@ afk_boot_prepare(struct anyfork_error *reterr)
     return boot;
 }
 
-/* The fork generation of the worker itself. */
-static unsigned worker_generation;
-static struct stat report_socket;
-
-/* Nothing is said by a process that the target forked and that came back here:
- * the report belongs to the worker. */
-static void
-report(int fd, int kind, int stage, int value, const char *payload, size_t size)
-{
-    struct stat now;
-    if (afk_generation() != worker_generation)
-        return;
-    /* The target may have closed all its descriptors, and opened others. */
-    if (fstat(fd, &now) < 0 || now.st_ino != report_socket.st_ino ||
-        now.st_dev != report_socket.st_dev)
-        return;
-    struct afk_report record = {.magic = AFK_REPORT_MAGIC,
-                                .kind = (uint16_t)kind,
-                                .stage = (uint16_t)stage,
-                                .value = value,
-                                .payload_bytes = size};
-    /* A failure means that the owner has gone: the lifeline is on its way. */
-    if (afk_report_write(fd, &record) == 0 && size > 0)
-        (void)afk_os_write_all(fd, payload, size);
-}
-
 /* The Python exception that is set becomes an ERROR record with its traceback. */
-static _Noreturn void
-give_up(PyObject *boot, int fd, int stage)
+static int
+report_failure(PyObject *boot, const struct afk_reporter *reporter, int stage)
 {
     PyObject *exc = PyErr_GetRaisedException();
     PyObject *text = exc ? PyObject_CallMethod(boot, "describe", "O", exc) : NULL;
@@ -98,27 +71,34 @@ give_up(PyObject *boot, int fd, int stage)
     Py_ssize_t size = 0;
     if (text == NULL || PyBytes_AsStringAndSize(text, &data, &size) < 0)
         PyErr_Clear();
-    report(fd, AFK_REPORT_ERROR, stage, AFK_EXIT_PRELUDE, data, (size_t)size);
-    report(fd, AFK_REPORT_EXIT, 0, AFK_EXIT_PRELUDE, NULL, 0);
-    _exit(AFK_EXIT_PRELUDE);
+    afk_reporter_send(reporter, AFK_REPORT_ERROR, stage, AFK_EXIT_PRELUDE, data, (size_t)size);
+    Py_XDECREF(text);
+    Py_XDECREF(exc);
+    return AFK_EXIT_PRELUDE;
 }
 
-static PyObject *
-call_boot(PyObject *boot, int fd, int stage, PyObject *result)
+static _Noreturn void
+give_up(PyObject *boot, const struct afk_reporter *reporter)
+{
+    int code = report_failure(boot, reporter, ANYFORK_STAGE_PRELUDE);
+    afk_reporter_send(reporter, AFK_REPORT_EXIT, 0, code, NULL, 0);
+    _exit(code);
+}
+
+static void
+call_prelude(PyObject *boot, const struct afk_reporter *reporter, PyObject *result)
 {
     if (result == NULL)
-        give_up(boot, fd, stage);
-    return result;
+        give_up(boot, reporter);
+    Py_DECREF(result);
 }
 
 /* What the caller left in this interpreter, and the hooks that were parked. */
 static void
-settle(PyObject *boot, const struct afk_job *job, struct afk_forking *f)
+settle(PyObject *boot, const struct afk_job *job, struct afk_forking *f,
+       const struct afk_reporter *reporter)
 {
-    int fd = f->plan.status_fd;
-
-    Py_DECREF(call_boot(boot, fd, ANYFORK_STAGE_PRELUDE,
-                        PyObject_CallMethod(boot, "repair_imports", "k", job->caller)));
+    call_prelude(boot, reporter, PyObject_CallMethod(boot, "repair_imports", "k", job->caller));
     if (f->tm != NULL) { /* a twin */
         (void)PyThreadState_Swap(f->tm);
         if (f->parked)
@@ -137,17 +117,14 @@ settle(PyObject *boot, const struct afk_job *job, struct afk_forking *f)
     }
     if (f->ts->interp != f->main)
         afk_forbid_os_fork();
-    Py_DECREF(call_boot(boot, fd, ANYFORK_STAGE_PRELUDE,
-                        PyObject_CallMethod(boot, "prelude", NULL)));
+    call_prelude(boot, reporter, PyObject_CallMethod(boot, "prelude", NULL));
 }
 
-/* Returns the exit code; the outcome has been reported. */
-static int
-run_target(PyObject *boot, const struct afk_job *job, int fd)
+int
+afk_boot_run_target(PyObject *boot, const struct afk_job *job, const struct afk_reporter *reporter)
 {
-    PyObject *done;
-
     if (job->kind == AFK_JOB_C) {
+        afk_reporter_send(reporter, AFK_REPORT_READY, 0, 0, NULL, 0);
         int code = job->entry(job->arg);
         if (PyErr_Occurred())
             PyErr_WriteUnraisable(NULL);
@@ -157,22 +134,26 @@ run_target(PyObject *boot, const struct afk_job *job, int fd)
     if (job->kind == AFK_JOB_PICKLE) {
         PyObject *data = PyBytes_FromStringAndSize(job->pickle, (Py_ssize_t)job->pickle_size);
         call = data ? PyObject_CallMethod(boot, "load", "N", data) : NULL;
-        (void)call_boot(boot, fd, ANYFORK_STAGE_UNPICKLE, call);
+        if (call == NULL)
+            return report_failure(boot, reporter, ANYFORK_STAGE_UNPICKLE);
     }
     else {
         call = PyTuple_Pack(2, job->callable, job->args);
-        (void)call_boot(boot, fd, ANYFORK_STAGE_PRELUDE, call);
+        if (call == NULL)
+            return report_failure(boot, reporter, ANYFORK_STAGE_PRELUDE);
     }
-    report(fd, AFK_REPORT_READY, 0, 0, NULL, 0);
+    afk_reporter_send(reporter, AFK_REPORT_READY, 0, 0, NULL, 0);
 
     int kind, code;
     Py_buffer payload;
-    done = call_boot(boot, fd, ANYFORK_STAGE_PRELUDE, PyObject_CallMethod(boot, "run", "(N)", call));
-    if (!PyArg_ParseTuple(done, "iiy*", &kind, &code, &payload))
-        give_up(boot, fd, ANYFORK_STAGE_PRELUDE);
+    PyObject *done = PyObject_CallMethod(boot, "run", "(N)", call);
+    if (done == NULL || !PyArg_ParseTuple(done, "iiy*", &kind, &code, &payload)) {
+        Py_XDECREF(done);
+        return report_failure(boot, reporter, ANYFORK_STAGE_PRELUDE);
+    }
     if (kind != 0) {
-        Py_BEGIN_ALLOW_THREADS /* large results: the worker's threads go on */
-        report(fd, kind, 0, code, payload.buf, (size_t)payload.len);
+        Py_BEGIN_ALLOW_THREADS /* large results: other threads go on */
+        afk_reporter_send(reporter, kind, 0, code, payload.buf, (size_t)payload.len);
         Py_END_ALLOW_THREADS
     }
     PyBuffer_Release(&payload);
@@ -180,26 +161,30 @@ run_target(PyObject *boot, const struct afk_job *job, int fd)
     return code;
 }
 
-_Noreturn void
-afk_boot_run(PyObject *boot, const struct afk_job *job, struct afk_forking *f)
+void
+afk_boot_finish(PyObject *boot)
 {
-    int fd = f->plan.status_fd;
-
-    worker_generation = afk_generation();
-    if (fstat(fd, &report_socket) < 0)
-        _exit(AFK_EXIT_PRELUDE);
-    /* Not for the worker's own forked children. Out of memory: they keep them. */
-    (void)afk_lifeline_register(fd, false);
-    (void)afk_lifeline_register(f->plan.life_fd, false);
-    settle(boot, job, f);
-    if (job->kind == AFK_JOB_C)
-        report(fd, AFK_REPORT_READY, 0, 0, NULL, 0);
-    int code = run_target(boot, job, fd);
-    /* Its non-daemon threads, its own atexit callbacks, its buffers. */
     PyObject *r = PyObject_CallMethod(boot, "finish", NULL);
     if (r == NULL)
         PyErr_WriteUnraisable(boot);
+    Py_XDECREF(r);
+}
+
+_Noreturn void
+afk_boot_run(PyObject *boot, const struct afk_job *job, struct afk_forking *f)
+{
+    struct afk_reporter reporter;
+    if (afk_reporter_init(&reporter, f->plan.status_fd) < 0)
+        _exit(AFK_EXIT_PRELUDE);
+    /* Not for the worker's own forked children. Out of memory: they keep them. */
+    (void)afk_lifeline_register(reporter.fd, false);
+    (void)afk_lifeline_register(f->plan.life_fd, false);
+    settle(boot, job, f, &reporter);
+    int code = job->in_subinterpreter ? afk_subint_host(job, &reporter)
+                                      : afk_boot_run_target(boot, job, &reporter);
+    /* Its non-daemon threads, its own atexit callbacks, its buffers. */
+    afk_boot_finish(boot);
     (void)fflush(NULL);
-    report(fd, AFK_REPORT_EXIT, 0, code, NULL, 0);
+    afk_reporter_send(&reporter, AFK_REPORT_EXIT, 0, code, NULL, 0);
     _exit(code & 0xff);
 }

@@ -25,7 +25,8 @@ enum afk_feature {
     AFK_FEATURE_HOOKS, /* the lists of os.register_at_fork, parked in the child */
     AFK_FEATURE_STACK, /* which thread states run on this thread's C stack */
     AFK_FEATURE_ATTACH, /* to leave a thread state and keep its GIL */
-    AFK_FEATURE_COUNT
+    AFK_FEATURE_COUNT,
+    AFK_FEATURE_NONE = -1 /* needs nothing private */
 };
 enum afk_feature_state { AFK_UNKNOWN, AFK_READY, AFK_REFUSED };
 
@@ -117,14 +118,15 @@ void afk_enter(const struct afk_layout *lo, PyThreadState *ts);
 void afk_attach(PyThreadState *ts, PyInterpreterState *interp);
 /* PyThreadState_New(), ready to be attached. NULL: out of memory. */
 PyThreadState *afk_state_new(PyInterpreterState *interp);
-/* PyThreadState_Swap(); a GIL that both states share is not let go. */
+/* PyThreadState_Swap(), also from no state; a GIL that both share is not let go. */
 void afk_swap(PyThreadState *to);
-/* From `fresh`, which is cleared and deleted, back to where afk_swap() came from. */
+/* From `fresh`, which is cleared and deleted, back to where afk_swap() came from;
+ * NULL: to no state. */
 void afk_swap_back(PyThreadState *fresh, PyThreadState *to);
 
 /* ---- hop.c ------------------------------------------------------------------- */
 /* A fresh thread state on `interp`, made current; *ret_from is what to go back
- * to. NULL: out of memory, nothing changed. */
+ * to, NULL if there was none. NULL: out of memory, nothing changed. */
 PyThreadState *afk_hop_enter(PyInterpreterState *interp, PyThreadState **ret_from);
 
 enum afk_fork_kind {
@@ -185,6 +187,7 @@ struct afk_job {
     const char *pickle;
     size_t pickle_size;
     unsigned long caller; /* the thread that asked; filled by afk_start() */
+    bool in_subinterpreter; /* the worker hosts it in one of its own; filled likewise */
 };
 /* In the parent, with a thread state of the target's interpreter: the Python
  * part must be there before the fork. Returns a new reference or NULL with
@@ -192,13 +195,24 @@ struct afk_job {
 PyObject *afk_boot_prepare(struct anyfork_error *reterr);
 _Noreturn void afk_boot_run(PyObject *boot, const struct afk_job *job,
                             struct afk_forking *f);
+/* Runs a job in the current interpreter; its outcome has been reported when the exit
+ * code is returned. */
+int afk_boot_run_target(PyObject *boot, const struct afk_job *job,
+                        const struct afk_reporter *reporter);
+/* The end of Python in the current interpreter: threads, atexit, buffers. */
+void afk_boot_finish(PyObject *boot);
 /* Where package `anyfork` lies, for interpreters that do not have it on their
  * sys.path. Copied. */
 void afk_boot_set_package_parent(const char *dir);
 
 /* ---- pad.c ------------------------------------------------------------------- */
-/* What runs on the launch pad: a thread of an isolated sub-interpreter of its
- * own, with that interpreter's thread state attached. `arg` is heap memory that
+enum afk_pad {
+    AFK_PAD_NONE,   /* always on the calling thread */
+    AFK_PAD_SUBINT, /* the thread of an isolated sub-interpreter of its own, attached to it */
+    AFK_PAD_MAIN,   /* a thread of main, detached between requests */
+    AFK_PAD_COUNT
+};
+/* What runs on a launch pad. `arg` is heap memory that
  * the last of caller and pad frees, for a caller may give up. */
 struct afk_pad_work {
     int (*job)(void *arg, struct anyfork_error *reterr);
@@ -210,7 +224,7 @@ struct afk_pad_work {
 /* Releases the GIL. Returns what job returned; or ANYFORK_ETIMEDOUT,
  * ANYFORK_EFINALIZING, ANYFORK_ESYSTEM with reterr filled, and the job has not
  * passed its point of no return, nor ever will. */
-int afk_pad_run(const struct afk_pad_work *work, int64_t timeout_ns,
+int afk_pad_run(enum afk_pad kind, const struct afk_pad_work *work, int64_t timeout_ns,
                 struct anyfork_error *reterr);
 /* The job's point of no return: false if its caller has given up. True on any
  * thread that is no pad. */
@@ -221,15 +235,32 @@ bool afk_pad_borrow_gil(void);
  * then afk_pad_end_return(). Not ours any more: it is let go. */
 bool afk_pad_begin_return(bool is_ours);
 void afk_pad_end_return(void);
-/* Stops the pad and ends its interpreter. Call with main's thread state. */
+/* Lets the end of main's threading stop the pads and wait for subint's threads. */
+int afk_pad_register_stop(struct anyfork_error *reterr);
+/* Stops the pads and ends their interpreter. Call with main's thread state. */
 int afk_pad_stop(int64_t timeout_ns);
 void afk_pad_begin(void); /* main's Python starts */
-bool afk_pad_is_running(void);
+unsigned afk_pad_threads(void); /* how many pads there are */
+bool afk_pad_has_interpreter(void);
+
+/* ---- subint.c ----------------------------------------------------------------- */
+/* In a worker: the job in an interpreter and on a thread of its own; waits for it, and
+ * returns its exit code. */
+int afk_subint_host(const struct afk_job *job, const struct afk_reporter *reporter);
+/* Waits for all that run in this process. Call with main's thread state. -1 with an
+ * exception set: a signal's. */
+int afk_subint_join_all(void);
+unsigned afk_subint_threads(void);
 
 /* ---- start.c: the narrator of a worker's start -------------------------------- */
 struct afk_method;
 int afk_start(const struct afk_method *method, const struct afk_job *job,
               struct anyfork_child **ret_child, struct anyfork_error *reterr);
+/* The `start` of a row. */
+int afk_start_fork(const struct afk_method *method, const struct afk_job *job,
+                   struct anyfork_child **ret_child, struct anyfork_error *reterr);
+int afk_start_subint(const struct afk_method *method, const struct afk_job *job,
+                     struct anyfork_child **ret_child, struct anyfork_error *reterr);
 
 /* ---- call.c: fork() and forkpty(), which return twice -------------------------- */
 /* os.fork and os.forkpty of this interpreter, replaced by functions that name

@@ -14,7 +14,7 @@
 PyThreadState *
 afk_hop_enter(PyInterpreterState *interp, PyThreadState **ret_from)
 {
-    PyThreadState *from = PyThreadState_Get();
+    PyThreadState *from = PyThreadState_GetUnchecked();
     PyThreadState *fresh = afk_state_new(interp);
     if (fresh == NULL)
         return NULL;

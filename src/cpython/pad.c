@@ -1,12 +1,12 @@
 /*
- * The launch pad: a thread of an isolated sub-interpreter of its own, which
- * never enters an event loop and forks on request.
+ * The launch pads: threads that never enter an event loop and fork on request. One
+ * is the only thread of an isolated sub-interpreter, one belongs to main.
  *
- * Rules: it keeps no thread state of main between requests. Every wait for it
+ * Rules: they keep no thread state of main between requests. Every wait for one
  * has a deadline and looks whether the interpreter is finalizing; who gives up
- * is never forked for (afk_pad_commit). It ends, with its interpreter, from
+ * is never forked for (afk_pad_commit). They end, with their interpreter, from
  * threading._register_atexit(), before anything of Python is taken down. In a
- * forked child it does not exist.
+ * forked child they do not exist.
  */
 #include "cpython/cpython.h"
 
@@ -49,6 +49,7 @@ struct request {
 };
 
 struct pad {
+    enum afk_pad kind;
     pthread_t thread;
     sem_t wake;
     _Atomic(struct request *) request; /* taken by exchange, by pad or caller */
@@ -57,8 +58,13 @@ struct pad {
     atomic_bool idle;   /* waits for nothing but a request */
 };
 
-static pthread_mutex_t door = PTHREAD_MUTEX_INITIALIZER; /* one request at a time */
-static struct pad *pad;
+static struct place {
+    pthread_mutex_t door; /* one request at a time */
+    struct pad *pad;
+} places[AFK_PAD_COUNT] = {
+    [AFK_PAD_SUBINT] = {.door = PTHREAD_MUTEX_INITIALIZER},
+    [AFK_PAD_MAIN] = {.door = PTHREAD_MUTEX_INITIALIZER},
+};
 static _Atomic(PyInterpreterState *) pad_interp; /* from its making to its end */
 static atomic_bool registered; /* with threading._register_atexit() */
 static atomic_bool stopped;    /* by it: Python is shutting down */
@@ -241,8 +247,9 @@ pad_main(void *arg)
     struct request *first = atomic_exchange(&p->request, NULL);
     if (first == NULL) /* stopped before it was ever asked */
         return NULL;
-    PyThreadState *ts = make_interpreter(&first->error);
-    if (ts == NULL) {
+    /* That of main has none of its own: it attaches to main for each request. */
+    PyThreadState *ts = p->kind == AFK_PAD_SUBINT ? make_interpreter(&first->error) : NULL;
+    if (ts == NULL && p->kind == AFK_PAD_SUBINT) {
         int requested = REQUESTED;
         first->result = first->error.code;
         atomic_store(&p->failed, true);
@@ -254,16 +261,20 @@ pad_main(void *arg)
     for (struct request *r = first;; r = atomic_exchange(&p->request, NULL)) {
         if (r != NULL) /* NULL: an abandoned one was replaced */
             serve(r);
-        (void)PyEval_SaveThread();
+        if (ts != NULL)
+            (void)PyEval_SaveThread();
         atomic_store(&p->idle, true);
         wait_for(&p->wake);
         atomic_store(&p->idle, false);
-        PyEval_RestoreThread(ts);
+        if (ts != NULL)
+            PyEval_RestoreThread(ts);
         if (atomic_load(&p->quit))
             break;
     }
-    Py_EndInterpreter(ts);
-    atomic_store(&pad_interp, NULL);
+    if (ts != NULL) {
+        Py_EndInterpreter(ts);
+        atomic_store(&pad_interp, NULL);
+    }
     return NULL;
 }
 
@@ -355,7 +366,7 @@ ask(struct pad *p, const struct afk_pad_work *work, int64_t deadline, bool *lent
 
 /* Called with main's GIL; Python ends the pad before it ends itself. */
 static int
-register_stop(struct anyfork_error *reterr)
+register_stop_in_main(struct anyfork_error *reterr)
 {
     PyObject *ext = PyImport_ImportModule("anyfork._anyfork");
     PyObject *stop = ext ? PyObject_GetAttrString(ext, "_pad_stop") : NULL;
@@ -376,107 +387,156 @@ register_stop(struct anyfork_error *reterr)
     return result;
 }
 
-static void
-forget(struct pad *p)
+int
+afk_pad_register_stop(struct anyfork_error *reterr)
 {
-    (void)sem_destroy(&p->wake);
-    free(p);
-    pad = NULL;
+    PyThreadState *from, *fresh;
+    if (atomic_load(&stopped))
+        return AFK_FAIL(reterr, ANYFORK_EFINALIZING, ANYFORK_STAGE_PAD, 0,
+                        "can't fork at interpreter shutdown");
+    if (atomic_load(&registered))
+        return 0;
+    int r = ANYFORK_EUNAVAILABLE;
+    if (PyInterpreterState_Get() == PyInterpreterState_Main()) {
+        r = register_stop_in_main(reterr);
+    }
+    else {
+        fresh = afk_hop_enter(PyInterpreterState_Main(), &from);
+        if (fresh == NULL)
+            return AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_MEMORY, ENOMEM, "thread state");
+        PyObject *boot = afk_boot_prepare(reterr); /* main may not know our package */
+        if (boot != NULL)
+            r = register_stop_in_main(reterr);
+        Py_XDECREF(boot);
+        afk_swap_back(fresh, from);
+    }
+    if (r == 0)
+        atomic_store(&registered, true);
+    return r;
+}
+
+static void
+forget(struct place *place)
+{
+    (void)sem_destroy(&place->pad->wake);
+    free(place->pad);
+    place->pad = NULL;
 }
 
 /* A pad that did not answer in time is in an unknown place (in a hook, waiting
  * for a lock): it is left there, and serves again once it comes back. */
 static int
-bring_up(int64_t deadline, struct anyfork_error *reterr)
+bring_up(enum afk_pad kind, int64_t deadline, struct anyfork_error *reterr)
 {
-    if (pad != NULL && atomic_load(&pad->failed)) {
-        (void)pthread_join(pad->thread, NULL);
-        forget(pad);
+    struct place *place = &places[kind];
+    if (place->pad != NULL && atomic_load(&place->pad->failed)) {
+        (void)pthread_join(place->pad->thread, NULL);
+        forget(place);
     }
-    if (pad != NULL)
+    if (place->pad != NULL)
         return 0;
     struct pad *p = AFK_ALLOC("calloc(pad)", calloc(1, sizeof *p));
     if (p == NULL)
         return AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_MEMORY, ENOMEM, "launch pad");
+    p->kind = kind;
     int errnum = start_thread(p);
     if (errnum != 0) {
         (void)sem_destroy(&p->wake);
         free(p);
         return AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_THREAD, errnum, "launch pad");
     }
-    pad = p;
+    place->pad = p;
     bool lent = false;
     return ask(p, &(struct afk_pad_work){.job = came_up}, deadline, &lent, reterr);
 }
 
 static int
-run_with_door(const struct afk_pad_work *work, int64_t deadline, struct anyfork_error *reterr)
+run_with_door(enum afk_pad kind, const struct afk_pad_work *work, int64_t deadline,
+              struct anyfork_error *reterr)
 {
     int r = atomic_load(&stopped)
                 ? AFK_FAIL(reterr, ANYFORK_EFINALIZING, ANYFORK_STAGE_PAD, 0,
                            "can't fork at interpreter shutdown")
-                : bring_up(deadline, reterr);
+                : bring_up(kind, deadline, reterr);
     if (r < 0) {
         drop_work(work);
         return r;
     }
     bool lent = false;
-    return ask(pad, work, deadline, &lent, reterr);
+    return ask(places[kind].pad, work, deadline, &lent, reterr);
 }
 
 /* With the door. Only to an idle pad: one that comes up, or comes back from a hook,
  * needs main's GIL itself. */
 static bool
-can_lend(void)
+can_lend(const struct pad *pad, const PyThreadState *caller)
 {
     const struct afk_layout *lo = afk_layout();
     return lo->state[AFK_FEATURE_ATTACH] == AFK_READY && !atomic_load(&stopped) && pad != NULL &&
-           atomic_load(&pad->idle) && !atomic_load(&pad->failed);
+           atomic_load(&pad->idle) && !atomic_load(&pad->failed) &&
+           *afk_interp_gil(lo, caller->interp) == *afk_interp_gil(lo, PyInterpreterState_Main());
 }
 
 int
-afk_pad_run(const struct afk_pad_work *work, int64_t timeout_ns, struct anyfork_error *reterr)
+afk_pad_run(enum afk_pad kind, const struct afk_pad_work *work, int64_t timeout_ns,
+            struct anyfork_error *reterr)
 {
+    struct place *place = &places[kind];
+    PyThreadState *me = PyThreadState_Get();
+    PyInterpreterState *here = me->interp; /* `me` may be freed: Python may end */
     int64_t deadline = afk_os_now_ns() + timeout_ns;
 
-    if (!atomic_load(&registered)) {
-        int r = register_stop(reterr);
-        if (r < 0) {
-            drop_work(work);
-            return r;
-        }
-        atomic_store(&registered, true);
+    int result = afk_pad_register_stop(reterr);
+    if (result < 0) {
+        drop_work(work);
+        return result;
     }
-    int result;
-    if (pthread_mutex_trylock(&door) == 0) {
-        if (can_lend()) {
+    if (pthread_mutex_trylock(&place->door) == 0) {
+        if (can_lend(place->pad, me)) {
             const struct afk_layout *lo = afk_layout();
-            PyThreadState *me = PyThreadState_Get();
             bool lent = true;
             afk_leave(lo, me);
-            result = ask(pad, work, deadline, &lent, reterr);
-            (void)pthread_mutex_unlock(&door);
+            result = ask(place->pad, work, deadline, &lent, reterr);
+            (void)pthread_mutex_unlock(&place->door);
             if (lent)
                 afk_enter(lo, me);
             else
-                afk_attach(me, PyInterpreterState_Main());
+                afk_attach(me, here);
             return result;
         }
-        (void)pthread_mutex_unlock(&door);
+        (void)pthread_mutex_unlock(&place->door);
     }
     struct timespec until = realtime_after(timeout_ns);
-    PyThreadState *ts = PyEval_SaveThread();
-    if (pthread_mutex_timedlock(&door, &until) != 0) {
+    (void)PyEval_SaveThread();
+    if (pthread_mutex_timedlock(&place->door, &until) != 0) {
         drop_work(work);
         result = AFK_FAIL(reterr, ANYFORK_ETIMEDOUT, ANYFORK_STAGE_PAD, ETIMEDOUT,
                           "other starts are waiting for it");
     }
     else {
-        result = run_with_door(work, deadline, reterr);
-        (void)pthread_mutex_unlock(&door);
+        result = run_with_door(kind, work, deadline, reterr);
+        (void)pthread_mutex_unlock(&place->door);
     }
-    afk_attach(ts, PyInterpreterState_Main()); /* ts may be freed: Python may have ended */
+    afk_attach(me, here);
     return result;
+}
+
+static int
+stop(struct place *place, const struct timespec *until)
+{
+    int r = 0;
+    if (pthread_mutex_timedlock(&place->door, until) != 0)
+        return ANYFORK_ETIMEDOUT;
+    if (place->pad != NULL) {
+        atomic_store(&place->pad->quit, true);
+        (void)sem_post(&place->pad->wake);
+        if (pthread_timedjoin_np(place->pad->thread, NULL, until) == 0)
+            forget(place);
+        else
+            r = ANYFORK_ETIMEDOUT; /* left alone: it waits in somebody's hook */
+    }
+    (void)pthread_mutex_unlock(&place->door);
+    return r;
 }
 
 int
@@ -487,19 +547,9 @@ afk_pad_stop(int64_t timeout_ns)
 
     atomic_store(&stopped, true);
     PyThreadState *ts = PyEval_SaveThread();
-    if (pthread_mutex_timedlock(&door, &until) != 0) {
-        r = ANYFORK_ETIMEDOUT;
-    }
-    else {
-        if (pad != NULL) {
-            atomic_store(&pad->quit, true);
-            (void)sem_post(&pad->wake);
-            if (pthread_timedjoin_np(pad->thread, NULL, &until) == 0)
-                forget(pad);
-            else
-                r = ANYFORK_ETIMEDOUT; /* left alone: it waits in somebody's hook */
-        }
-        (void)pthread_mutex_unlock(&door);
+    for (int kind = AFK_PAD_NONE + 1; kind < AFK_PAD_COUNT; kind++) {
+        int one = stop(&places[kind], &until);
+        r = one < 0 ? one : r;
     }
     PyEval_RestoreThread(ts);
     return r;
@@ -513,14 +563,23 @@ afk_pad_begin(void)
     atomic_store(&stopped, false);
 }
 
-bool
-afk_pad_is_running(void)
+unsigned
+afk_pad_threads(void)
 {
-    return pad != NULL;
+    unsigned n = 0;
+    for (int kind = AFK_PAD_NONE + 1; kind < AFK_PAD_COUNT; kind++)
+        n += places[kind].pad != NULL;
+    return n;
 }
 
-/* Async-signal-safe: stores only. The thread does not exist here, and its
- * interpreter must not be the one that makes a plain os.fork() of the host crash
+bool
+afk_pad_has_interpreter(void)
+{
+    return places[AFK_PAD_SUBINT].pad != NULL;
+}
+
+/* Async-signal-safe: stores only. The threads do not exist here, and the
+ * interpreter of one must not be the one that makes a plain os.fork() of the host crash
  * its child (gh-139759). */
 static void
 in_forked_child(void)
@@ -528,9 +587,9 @@ in_forked_child(void)
     PyInterpreterState *interp = atomic_exchange(&pad_interp, NULL);
     if (interp != NULL)
         afk_unlink_interpreter(interp);
-    pad = NULL;
+    for (int kind = 0; kind < AFK_PAD_COUNT; kind++)
+        places[kind] = (struct place){.door = PTHREAD_MUTEX_INITIALIZER};
     serving = NULL;
-    door = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
 }
 
 __attribute__((constructor)) static void

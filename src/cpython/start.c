@@ -21,8 +21,9 @@ start_here(const struct afk_method *method, const struct afk_job *job,
     struct anyfork_child *child = NULL;
     PyThreadState *from, *fresh;
     PyObject *boot;
-    PyInterpreterState *target = method->target == AFK_TARGET_MAIN ? PyInterpreterState_Main()
-                                                                   : PyInterpreterState_Get();
+    /* What is hosted in an interpreter of its own needs that of main first. */
+    PyInterpreterState *target = method->target == AFK_TARGET_CALLER ? PyInterpreterState_Get()
+                                                                     : PyInterpreterState_Main();
 
     afk_forking_init(&f, AFK_FORK_WORKER);
     int r = afk_child_new(&child, &f.plan, reterr);
@@ -88,22 +89,11 @@ free_pad_start(void *arg)
 }
 
 int
-afk_start(const struct afk_method *method, const struct afk_job *asked,
-          struct anyfork_child **ret_child, struct anyfork_error *reterr)
+afk_start_fork(const struct afk_method *method, const struct afk_job *job,
+               struct anyfork_child **ret_child, struct anyfork_error *reterr)
 {
-    struct afk_job with_caller = *asked;
-    const struct afk_job *job = &with_caller;
-    with_caller.caller = PyThread_get_thread_ident();
     bool in_main = PyInterpreterState_Get() == PyInterpreterState_Main();
-    int r = afk_check_caller(reterr);
-    if (r == 0)
-        r = afk_method_probe(method, reterr);
-    if (r < 0)
-        return r;
-    if (job->kind == AFK_JOB_CALLABLE && method->target == AFK_TARGET_MAIN && !in_main)
-        return AFK_FAIL(reterr, ANYFORK_EINVAL, ANYFORK_STAGE_ARGUMENT, 0,
-                        "callable: an object of a sub-interpreter cannot run in main");
-    if (method->pad == AFK_PAD_NONE || !in_main)
+    if (method->pad == AFK_PAD_NONE || (method->pad == AFK_PAD_SUBINT && !in_main))
         return start_here(method, job, ret_child, reterr);
 
     struct pad_start *start = AFK_ALLOC("calloc(start)", calloc(1, sizeof *start));
@@ -116,7 +106,29 @@ afk_start(const struct afk_method *method, const struct afk_job *asked,
                                       .free = free_pad_start,
                                       .collect = take_child,
                                       .collect_into = ret_child};
-    return afk_pad_run(&work, PAD_TIMEOUT_NS, reterr);
+    return afk_pad_run(method->pad, &work, PAD_TIMEOUT_NS, reterr);
+}
+
+int
+afk_start(const struct afk_method *method, const struct afk_job *asked,
+          struct anyfork_child **ret_child, struct anyfork_error *reterr)
+{
+    struct afk_job job = *asked;
+    job.caller = PyThread_get_thread_ident();
+    job.in_subinterpreter = method->target == AFK_TARGET_FRESH && method->start == afk_start_fork;
+    bool in_main = PyInterpreterState_Get() == PyInterpreterState_Main();
+    int r = afk_check_caller(reterr);
+    if (r == 0)
+        r = afk_method_probe(method, reterr);
+    if (r < 0)
+        return r;
+    if (job.kind == AFK_JOB_CALLABLE && afk_method_pickles(method, in_main))
+        return AFK_FAIL(reterr, ANYFORK_EINVAL, ANYFORK_STAGE_ARGUMENT, 0,
+                        "callable: it runs in another interpreter, so must be pickled");
+    if (job.kind == AFK_JOB_C && method->target == AFK_TARGET_FRESH)
+        return AFK_FAIL(reterr, ANYFORK_EINVAL, ANYFORK_STAGE_ARGUMENT, 0,
+                        "entry: this method runs pickled Python only");
+    return method->start(method, &job, ret_child, reterr);
 }
 
 int

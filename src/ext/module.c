@@ -49,7 +49,7 @@ count_os_threads(void)
             (void)sscanf(p, " %ld", &n);
     }
     (void)fclose(f);
-    return n - (afk_pad_is_running() ? 1 : 0);
+    return n - (long)afk_pad_threads() - (long)afk_subint_threads();
 }
 
 static void
@@ -132,17 +132,42 @@ ext_method_names(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(args))
     return names;
 }
 
+static const char *const targets[] = {"caller", "main", "fresh"}; /* enum afk_target */
+
+/* What is known of the rows without looking at the interpreter's layout. */
+static PyObject *
+ext_method_traits(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(args))
+{
+    PyObject *list = PyList_New(0);
+    bool in_main = PyInterpreterState_Get() == PyInterpreterState_Main();
+    for (unsigned i = 0; list != NULL && i < afk_n_methods; i++) {
+        const struct afk_method *m = &afk_methods[i];
+        PyObject *row = Py_BuildValue("{s:s,s:s,s:O,s:O}", "name", m->name, "target",
+                                      targets[m->target], "has_process",
+                                      m->has_process ? Py_True : Py_False, "pickles",
+                                      afk_method_pickles(m, in_main) ? Py_True : Py_False);
+        if (row == NULL || PyList_Append(list, row) < 0)
+            Py_CLEAR(list);
+        Py_XDECREF(row);
+    }
+    return list;
+}
+
 static PyObject *
 ext_methods(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(args))
 {
     PyObject *list = PyList_New(0);
+    bool in_main = PyInterpreterState_Get() == PyInterpreterState_Main();
     for (unsigned i = 0; list != NULL && i < afk_n_methods; i++) {
         const struct afk_method *m = &afk_methods[i];
         struct anyfork_error error = {0};
         int r = afk_method_probe(m, &error);
-        PyObject *row = Py_BuildValue("{s:s,s:s,s:s,s:s,s:s,s:O,s:z}", "name", m->name, "summary",
+        PyObject *row = Py_BuildValue("{s:s,s:s,s:s,s:s,s:s,s:s,s:O,s:O,s:O,s:z}", "name", m->name, "summary",
                                       m->summary, "runs_in", m->runs_in, "memory", m->memory,
-                                      "may_wait_for", m->may_wait_for, "available",
+                                      "may_wait_for", m->may_wait_for, "target",
+                                      targets[m->target], "has_process",
+                                      m->has_process ? Py_True : Py_False, "pickles",
+                                      afk_method_pickles(m, in_main) ? Py_True : Py_False, "available",
                                       r == 0 ? Py_True : Py_False, "reason",
                                       r == 0 ? NULL : error.detail);
         if (row == NULL || PyList_Append(list, row) < 0)
@@ -272,7 +297,7 @@ ext_runtime(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(args))
                                  afk_interp_has_own_gil(lo, me) == 1 && me != main
                              ? Py_True
                              : Py_False,
-                         "pad", afk_pad_is_running() ? Py_True : Py_False, "interpreter",
+                         "pad", afk_pad_has_interpreter() ? Py_True : Py_False, "interpreter",
                          (long long)PyInterpreterState_GetID(me));
 }
 
@@ -280,6 +305,8 @@ static PyObject *
 ext_pad_stop(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(args))
 {
     (void)afk_pad_stop((int64_t)5 * 1000000000);
+    if (afk_subint_join_all() < 0)
+        return NULL;
     Py_RETURN_NONE;
 }
 
@@ -320,6 +347,7 @@ static PyMethodDef functions[] = {
      "forkpty()\n--\n\nFork with a new pseudo-terminal; returns (pid, master fd)."},
     {"spawn", ext_spawn, METH_VARARGS, NULL},
     {"method_names", ext_method_names, METH_NOARGS, NULL},
+    {"method_traits", ext_method_traits, METH_NOARGS, NULL},
     {"methods", ext_methods, METH_NOARGS, NULL},
     {"check_fork", ext_check_fork, METH_NOARGS, NULL},
     {"layout", ext_layout, METH_NOARGS, NULL},

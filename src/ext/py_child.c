@@ -220,6 +220,9 @@ child_signal(PyObject *op, PyObject *arg)
     afk_child_unref(child);
     if (r == ANYFORK_EFOREIGN)
         return foreign(self);
+    if (r == ANYFORK_EUNAVAILABLE)
+        return raise_code(self, r, ANYFORK_STAGE_SIGNAL, 0,
+                          "it is a thread of this process, and a thread cannot be killed");
     if (r < 0)
         return raise_code(self, ANYFORK_ESYSTEM, ANYFORK_STAGE_SIGNAL, errnum, NULL);
     Py_RETURN_NONE;
@@ -289,8 +292,8 @@ get_status_from(PyObject *op, void *Py_UNUSED(closure))
         view(self, &v);                                                 \
         return expression;                                              \
     }
-GETTER(pid, PyLong_FromLong(v.pid))
-GETTER(pidfd, PyLong_FromLong(v.pidfd))
+GETTER(pid, v.pid == 0 ? Py_NewRef(Py_None) : PyLong_FromLong(v.pid))
+GETTER(pidfd, v.pid == 0 ? Py_NewRef(Py_None) : PyLong_FromLong(v.pidfd))
 GETTER(report_fd, PyLong_FromLong(v.status_fd))
 GETTER(is_ready, PyBool_FromLong(v.ready))
 GETTER(has_ended, PyBool_FromLong(v.ended))
@@ -309,8 +312,8 @@ static PyMethodDef child_methods[] = {
     {NULL, NULL, 0, NULL},
 };
 static PyGetSetDef child_getset[] = {
-    {"pid", get_pid, NULL, "Process id.", NULL},
-    {"pidfd", get_pidfd, NULL, "Readable once the worker has ended; -1 after close().", NULL},
+    {"pid", get_pid, NULL, "Process id; None for a thread of this process.", NULL},
+    {"pidfd", get_pidfd, NULL, "Readable once the worker has ended; -1 after close(); None for a thread of this process.", NULL},
     {"report_fd", get_report_fd, NULL, "Readable when the worker has reported; -1 when it has no more.", NULL},
     {"method", get_method, NULL, "Name of the spawn method.", NULL},
     {"_ready", get_is_ready, NULL, NULL, NULL},

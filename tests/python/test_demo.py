@@ -178,9 +178,12 @@ def test_every_method_from_main_and_from_a_sub_interpreter(tree):
     assert (report["ok"], report["files"], report["left_over"]) == (True, 42, [])
     assert report["skipped"] == {"fifo, socket or device": 2, "symbolic link": 2}
     lines = {(b["method"], b["started_from"]): b for b in report["batches"]}
-    expected = {(name, "main"): "main" for name in _anyfork.method_names()}
-    expected["subint_fork", "isolated"] = "main"
-    expected["fork", "isolated"] = "isolated"
+    where = {"caller": None, "main": "main", "fresh": "isolated"}
+    expected = {
+        (row["name"], origin): where[row["target"]] or origin
+        for row in _anyfork.method_traits()
+        for origin in ("main", "isolated")
+    }
     if FREE_THREADED:
         del expected["fork", "isolated"]
         (gap,) = report["unavailable"]

@@ -1,0 +1,31 @@
+"""usage: fresh_main.py METHOD MODE. A target that is defined in the program itself."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import anyfork
+
+IMPORTED_AS = __name__
+
+
+def target(seconds: float) -> str:
+    time.sleep(seconds)
+    print("the target ends", flush=True)
+    return IMPORTED_AS
+
+
+if __name__ == "__main__":
+    method, mode = sys.argv[1:]
+    match mode:
+        case "result":
+            print(anyfork.run(target, 0.0, method=method))
+        case "end":  # the program ends before its worker
+            child = anyfork.spawn(target, 0.3, method=method)
+            child.wait_ready(30)
+            print("the program ends", flush=True)
+        case "raise":
+            child = anyfork.spawn(target, 0.3, method=method)
+            child.wait_ready(30)
+            raise SystemExit(3)

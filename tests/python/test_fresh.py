@@ -1,0 +1,35 @@
+"""Methods whose target runs in an interpreter that is made for it."""
+
+from __future__ import annotations
+
+import pytest
+from attack_helpers import parametrized, run_check, run_program
+
+import anyfork
+
+FRESH = [row for row in anyfork.methods() if row.target == "fresh"]
+
+
+@pytest.mark.timeout(300)
+@parametrized("attack_fresh")
+def test_fresh(check: str, place: str) -> None:
+    run_check("attack_fresh", check, place)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("method", [row.name for row in FRESH])
+def test_a_target_of_the_program_itself(method: str) -> None:
+    """The program is imported again, under the name that multiprocessing gives it."""
+    done = run_program("fresh_main.py", method, "result")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n") == ["the target ends", "__mp_main__", ""]
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(("mode", "code"), [("end", 0), ("raise", 3)])
+@pytest.mark.parametrize("row", FRESH, ids=lambda row: row.name)
+def test_the_end_of_the_program(row: anyfork.Method, mode: str, code: int) -> None:
+    """It kills its processes, and waits for its threads."""
+    done = run_program("fresh_main.py", row.name, mode)
+    assert done.returncode == code, done.stderr
+    assert ("the target ends" in done.stdout) == (not row.has_process), done.stdout
