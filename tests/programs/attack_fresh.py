@@ -120,9 +120,9 @@ def check_what_cannot_be_loaded_is_told(place: str) -> None:
 
 
 def leave_a_trail(fd: int) -> None:
-    threading.Thread(target=lambda: (time.sleep(0.05), os.write(fd, b"thread "))).start()
-    atexit.register(os.write, fd, b"atexit ")
     os.write(fd, b"target ")
+    atexit.register(os.write, fd, b"atexit ")
+    threading.Thread(target=lambda: (time.sleep(0.05), os.write(fd, b"thread "))).start()
 
 
 @places("main")
