@@ -90,7 +90,8 @@ def one(way: str) -> tuple[int, float]:
             failure = child.exception()
             if failure is not None:
                 print(failure, getattr(failure, "__notes__", ""), file=sys.stderr, flush=True)
-                ended = ended or 1
+                if ended == 0:
+                    ended = 1
     return HUNG if ended is None else ended, took * 1000
 
 
