@@ -116,7 +116,8 @@ ANYFORK_API int anyfork_child_wait(struct anyfork_child *child, int64_t timeout_
 ANYFORK_API int anyfork_child_signal(struct anyfork_child *child, int sig);
 
 /* Kill the child if it lives, reap it, close its fds, free the handle. NULL is
- * fine. A thread of this process cannot be killed: it goes on, unheard. In a forked child of the owner it only frees: the worker is not touched.
+ * fine. A thread of this process cannot be killed: it goes on, unheard. In a
+ * forked child of the owner it only frees: the worker is not touched.
  * Call from: any thread, once; a wait of another thread then returns.
  * Blocks for: the child's death. Since 0.1. */
 ANYFORK_API void anyfork_child_close(struct anyfork_child *child);

@@ -10,8 +10,7 @@ from typing import Any, Literal, TypedDict, final
 FAULTS: bool
 """Whether this build can inject faults (-Dfaults=true)."""
 
-@final
-class _MethodRow(TypedDict):
+class _MethodTraits(TypedDict):
     name: str
     summary: str
     runs_in: str
@@ -20,15 +19,11 @@ class _MethodRow(TypedDict):
     target: Literal["caller", "main", "fresh"]
     has_process: bool
     pickles: bool
-    available: bool
-    reason: str | None
 
 @final
-class _MethodTraits(TypedDict):
-    name: str
-    target: Literal["caller", "main", "fresh"]
-    has_process: bool
-    pickles: bool
+class _MethodRow(_MethodTraits):
+    available: bool
+    reason: str | None
 
 @final
 class _Runtime(TypedDict):
@@ -64,11 +59,8 @@ def spawn[ChildT: Child](
 ) -> ChildT:
     """Start a worker; ``target`` is a callable, or bytes that _boot.load() understands."""
 
-def method_names() -> tuple[str, ...]:
-    """The names of the rows, in the table's order."""
-
 def method_traits() -> list[_MethodTraits]:
-    """What is known of the rows without looking at the interpreter's layout."""
+    """The rows of the table, in its order, without looking at the interpreter's layout."""
 
 def methods() -> list[_MethodRow]:
     """The rows of the table; ``available`` is for the calling interpreter."""
@@ -77,7 +69,7 @@ def check_fork() -> None:
     """Raise MethodUnavailable where fork() cannot work."""
 
 def layout() -> dict[str, _State]:
-    """By feature (hop, twin, hooks, stack): its state, and why it is refused."""
+    """By feature (hop, twin, hooks, stack, attach): its state, and why it is refused."""
 
 def runtime() -> _Runtime | None:
     """Counts for tests and doctor, racy by nature; None where hop is refused."""

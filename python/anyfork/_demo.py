@@ -239,6 +239,11 @@ class Workers:
             child.close()
 
 
+def _watched(child: Child) -> list[int]:
+    """The descriptors that tell of a worker's reports and of its end."""
+    return [fd for fd in (child.pidfd, child.report_fd) if fd is not None and fd >= 0]
+
+
 async def run_in_main(method: str, shares: list[list[bytes]], progress_fd: int) -> Raw:
     """Start the workers inside trio.run, and watch them there."""
     import trio
@@ -268,9 +273,8 @@ async def _wait_for(workers: Workers, child: Child) -> None:
 
     while child.is_alive():
         async with trio.open_nursery() as nursery:
-            for fd in (child.pidfd, child.report_fd):
-                if fd is not None and fd >= 0:
-                    nursery.start_soon(readable, fd, nursery.cancel_scope)
+            for fd in _watched(child):
+                nursery.start_soon(readable, fd, nursery.cancel_scope)
     workers.collect(child)
 
 
@@ -293,9 +297,8 @@ def run_here(method: str, shares: list[list[bytes]], progress_fd: int, stop_fd: 
             poll = select.poll()
             poll.register(stop_fd, select.POLLIN)
             for child in alive:
-                for fd in (child.pidfd, child.report_fd):
-                    if fd is not None and fd >= 0:
-                        poll.register(fd, select.POLLIN)
+                for fd in _watched(child):
+                    poll.register(fd, select.POLLIN)
             if any(fd == stop_fd for fd, _ in poll.poll()):
                 workers.close()
     finally:

@@ -58,7 +58,10 @@ class WorkerDied(Exception):
         self.status = status
         self.detail = detail
         self.returncode = None if status is None else os.waitstatus_to_exitcode(status)
-        text = f"{worker_name(pid)} {describe_status(status)}"
+        if pid is None and status is None:
+            text = f"{worker_name(pid)} ended; how is not known"
+        else:
+            text = f"{worker_name(pid)} {describe_status(status)}"
         super().__init__(f"{text}: {detail}" if detail else text)
 
     def __reduce__(self) -> tuple[object, ...]:

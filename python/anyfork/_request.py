@@ -12,8 +12,8 @@ from . import _anyfork
 from ._child import Child
 
 # The table is fixed when the library is built, and an interpreter stays what it is.
-_NAMES: tuple[str, ...] = _anyfork.method_names()
 _TRAITS = {row["name"]: row for row in _anyfork.method_traits()}
+_NAMES = tuple(_TRAITS)
 
 
 def _check(fn: object, method: object) -> str:

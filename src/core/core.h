@@ -8,6 +8,7 @@
 #ifndef AFK_CORE_H
 #define AFK_CORE_H
 
+#include <pthread.h>
 #include <signal.h>
 #include <stdbool.h>
 #include <stddef.h>
@@ -25,18 +26,22 @@ extern int afk_fault_errno;
 #define AFK_ALLOC(what, call) (afk_fault_due(what) ? NULL : (call))
 /* Arm: the nth fault point from now fails (and all after it if `for_good`). */
 void afk_fault_arm(unsigned nth, int errnum, bool for_good);
+void afk_fault_spare(void);      /* from now on the calling thread has no faults */
 unsigned afk_fault_hits(void);   /* faults injected since armed */
 unsigned afk_fault_points(void); /* points passed since armed */
 const char *afk_fault_last(void);
 #else
 #define AFK_SYS(what, call) (call)
 #define AFK_ALLOC(what, call) (call)
+#define afk_fault_spare() ((void)0)
 #endif
 
 /* ---- os_linux.c: system calls; each returns >= 0 or a negative errno ------ */
 int afk_os_pipe(int ret_fds[2], int flags);
 int afk_os_socketpair(int ret_fds[2]);
 int afk_os_dup_above(int fd, int lowest);
+/* A thread of ours: the host's signals are not for it. */
+int afk_os_thread(pthread_t *ret_thread, void *(*run)(void *), void *arg);
 int afk_os_pidfd_open(pid_t pid);
 int afk_os_pidfd_signal(int pidfd, int sig);
 /* 1 reaped, 0 still running, negative errno. ret_status is a wait status. */
@@ -92,6 +97,8 @@ int afk_reporter_init(struct afk_reporter *reporter, int fd);
 /* A record and its payload. A failure means that the owner has gone. */
 void afk_reporter_send(const struct afk_reporter *reporter, int kind, int stage, int value,
                        const char *payload, size_t size);
+/* An ERROR record of what failed before any Python could tell it. */
+void afk_reporter_fail(const struct afk_reporter *reporter, const struct anyfork_error *error);
 /* 0 if `report` is well formed, else -EBADMSG. */
 int afk_report_check(const struct afk_report *report);
 
@@ -139,7 +146,7 @@ struct afk_plan {
     int tty_fd;       /* slave of the new controlling terminal, or -1 */
     int tty_master_fd;
     sigset_t caller_mask; /* filled by afk_fork() */
-    sigset_t was_reset; /* filled in the child: signals that were reset to SIG_DFL */
+    sigset_t was_reset;   /* filled in the child: signals that were reset to SIG_DFL */
 };
 void afk_plan_init(struct afk_plan *plan);
 /* Returns 0 or -ENOSPC. */
@@ -155,11 +162,6 @@ _Noreturn void afk_child_give_up(const struct afk_plan *plan, int stage, int err
                                  const char *detail);
 
 /* ---- process.c ------------------------------------------------------------ */
-struct afk_payload {
-    char *data; /* malloc()ed */
-    size_t size;
-};
-
 /* New handle with its pipes; the worker's ends are put in the plan.
  * Returns 0 or a negative enum anyfork_code with reterr filled. */
 int afk_child_new(struct anyfork_child **ret_child, struct afk_plan *plan,

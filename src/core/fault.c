@@ -12,6 +12,7 @@ int afk_fault_errno = EIO;
 static atomic_uint points, hits, due;
 static atomic_bool persistent;
 static _Atomic(const char *) last;
+static _Thread_local bool spared;
 
 /* A place to put a breakpoint. */
 static void
@@ -25,7 +26,7 @@ bool
 afk_fault_due(const char *what)
 {
     unsigned nth = atomic_load(&due);
-    if (nth == 0)
+    if (nth == 0 || spared)
         return false;
     unsigned now = atomic_fetch_add(&points, 1) + 1;
     if (now == nth || (now > nth && atomic_load(&persistent))) {
@@ -58,6 +59,13 @@ __attribute__((constructor)) static void
 loaded(void)
 {
     afk_at_fork_child(in_forked_child);
+}
+
+/* So does a worker that is a thread of this process. */
+void
+afk_fault_spare(void)
+{
+    spared = true;
 }
 
 unsigned afk_fault_hits(void) { return atomic_load(&hits); }

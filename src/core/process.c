@@ -363,10 +363,20 @@ reap(struct anyfork_child *child, bool block)
     afk_lifeline_close(&child->life_read);
 }
 
-/* A thread of this process has ended when it has closed its end of the socket. */
+/* A thread of this process has ended when it has closed its end of the socket, all
+ * that it ever wrote being in ours; or when ours is closed, because of an error. */
+static bool
+hung_up(const struct anyfork_child *child)
+{
+    struct pollfd p = {.fd = child->status_fd};
+    return child->status_fd < 0 || (poll(&p, 1, 0) > 0 && (p.revents & POLLHUP) != 0);
+}
+
 static void
 end_in_process(struct anyfork_child *child)
 {
+    drain(child);
+    end_of_reports(child);
     child->ended = child->reaped = true;
     child->status = child->exit_report;
     child->status_from = child->has_exit_report ? AFK_STATUS_FROM_REPORT : AFK_STATUS_LOST;
@@ -388,7 +398,7 @@ afk_child_poll(struct anyfork_child *child)
         return ANYFORK_EFOREIGN;
     (void)pthread_mutex_lock(&child->lock);
     drain(child);
-    if (child->in_process && !child->ended && child->status_fd < 0)
+    if (child->in_process && !child->ended && hung_up(child))
         end_in_process(child);
     else if (!child->in_process && !child->ended && dead(child))
         reap(child, false);

@@ -7,8 +7,8 @@
 #include "anyfork/anyfork.h"
 
 #include <errno.h>
+#include <stdio.h>
 #include <string.h>
-#include <sys/socket.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -19,7 +19,7 @@ afk_report_write(int fd, const struct afk_report *report)
 {
     ssize_t n;
     do
-        n = send(fd, report, sizeof *report, MSG_NOSIGNAL);
+        n = write(fd, report, sizeof *report);
     while (n < 0 && errno == EINTR);
     return n == (ssize_t)sizeof *report ? 0 : n < 0 ? -errno : -EIO;
 }
@@ -34,21 +34,40 @@ afk_reporter_init(struct afk_reporter *reporter, int fd)
     return 0;
 }
 
-void
-afk_reporter_send(const struct afk_reporter *reporter, int kind, int stage, int value,
-                  const char *payload, size_t size)
+static void
+send_record(const struct afk_reporter *reporter, const struct afk_report *record,
+            const char *payload)
 {
     struct stat now;
     if (afk_generation() != reporter->generation || fstat(reporter->fd, &now) < 0 ||
         now.st_ino != reporter->inode || now.st_dev != reporter->device)
         return;
+    if (afk_report_write(reporter->fd, record) == 0 && record->payload_bytes > 0)
+        (void)afk_os_write_all(reporter->fd, payload, record->payload_bytes);
+}
+
+void
+afk_reporter_send(const struct afk_reporter *reporter, int kind, int stage, int value,
+                  const char *payload, size_t size)
+{
+    const struct afk_report record = {.magic = AFK_REPORT_MAGIC,
+                                      .kind = (uint16_t)kind,
+                                      .stage = (uint16_t)stage,
+                                      .value = value,
+                                      .payload_bytes = size};
+    send_record(reporter, &record, payload);
+}
+
+void
+afk_reporter_fail(const struct afk_reporter *reporter, const struct anyfork_error *error)
+{
     struct afk_report record = {.magic = AFK_REPORT_MAGIC,
-                                .kind = (uint16_t)kind,
-                                .stage = (uint16_t)stage,
-                                .value = value,
-                                .payload_bytes = size};
-    if (afk_report_write(reporter->fd, &record) == 0 && size > 0)
-        (void)afk_os_write_all(reporter->fd, payload, size);
+                                .kind = AFK_REPORT_ERROR,
+                                .stage = (uint16_t)error->stage,
+                                .sys_errno = error->sys_errno,
+                                .value = AFK_EXIT_PRELUDE};
+    (void)snprintf(record.detail, sizeof record.detail, "%.39s", error->detail);
+    send_record(reporter, &record, NULL);
 }
 
 int

@@ -21,8 +21,8 @@
 #include <string.h>
 
 #define CANDIDATES_MAX 32
-#define BLOCK_MAX 512        /* bytes of the module's thread-local variables */
-#define NONE SIZE_MAX          /* no such variable */
+#define BLOCK_MAX 512 /* bytes of the module's thread-local variables */
+#define NONE SIZE_MAX /* no such variable */
 
 /* As in pycore_pystate.h; proved. */
 enum { DETACHED = 0, ATTACHED = 1 };
@@ -177,8 +177,8 @@ find_gilstate_key(struct afk_thread_locals *tls, PyThreadState *first, PyThreadS
 
 /* Attached to first, then second, then neither: what follows is told apart. */
 static const char *
-name_words(struct afk_thread_locals *tls, size_t size, const struct picture *in_first, const struct picture *in_second,
-           const struct picture *in_none, PyThreadState *second)
+name_words(struct afk_thread_locals *tls, size_t size, const struct picture *in_first,
+           const struct picture *in_second, const struct picture *in_none, PyThreadState *second)
 {
     tls->interp = tls->gilstate = NONE;
     for (size_t at = 0; at + sizeof(void *) <= size; at += sizeof(void *)) {

@@ -171,7 +171,8 @@ afk_boot_finish(PyObject *boot)
 }
 
 _Noreturn void
-afk_boot_run(PyObject *boot, const struct afk_job *job, struct afk_forking *f)
+afk_boot_run(PyObject *boot, const struct afk_job *job, struct afk_forking *f,
+             bool in_subinterpreter)
 {
     struct afk_reporter reporter;
     if (afk_reporter_init(&reporter, f->plan.status_fd) < 0)
@@ -180,8 +181,8 @@ afk_boot_run(PyObject *boot, const struct afk_job *job, struct afk_forking *f)
     (void)afk_lifeline_register(reporter.fd, false);
     (void)afk_lifeline_register(f->plan.life_fd, false);
     settle(boot, job, f, &reporter);
-    int code = job->in_subinterpreter ? afk_subint_host(job, &reporter)
-                                      : afk_boot_run_target(boot, job, &reporter);
+    int code = in_subinterpreter ? afk_subint_host(job, &reporter)
+                                 : afk_boot_run_target(boot, job, &reporter);
     /* Its non-daemon threads, its own atexit callbacks, its buffers. */
     afk_boot_finish(boot);
     (void)fflush(NULL);

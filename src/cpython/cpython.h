@@ -52,8 +52,7 @@ struct afk_layout {
     size_t interp_gil;       /* pointer to the GIL; own_gil follows */
     size_t interp_own_gil;   /* the embedded GIL that a legacy one does not use */
     size_t interp_hooks;     /* before, after_in_parent, after_in_child */
-    size_t gil_locked;       /* within the GIL */
-    size_t gil_holder;
+    size_t gil_holder;       /* within the GIL */
     size_t frame_previous;
     bool interval_known;     /* gil.interval, before gil.last_holder, was proved */
     struct afk_thread_locals tls;
@@ -90,7 +89,6 @@ PyInterpreterState **afk_interp_next(const struct afk_layout *lo, PyInterpreterS
 PyThreadState **afk_interp_threads(const struct afk_layout *lo, PyInterpreterState *interp);
 char **afk_interp_gil(const struct afk_layout *lo, PyInterpreterState *interp);
 PyObject **afk_interp_child_hooks(const struct afk_layout *lo, PyInterpreterState *interp);
-int *afk_gil_locked(const struct afk_layout *lo, char *gil);
 PyThreadState **afk_gil_holder(const struct afk_layout *lo, char *gil);
 /* sys.getswitchinterval(), in microseconds; NULL: not known. */
 unsigned long *afk_gil_interval(const struct afk_layout *lo, char *gil);
@@ -187,14 +185,13 @@ struct afk_job {
     const char *pickle;
     size_t pickle_size;
     unsigned long caller; /* the thread that asked; filled by afk_start() */
-    bool in_subinterpreter; /* the worker hosts it in one of its own; filled likewise */
 };
 /* In the parent, with a thread state of the target's interpreter: the Python
  * part must be there before the fork. Returns a new reference or NULL with
  * reterr filled and no exception set. */
 PyObject *afk_boot_prepare(struct anyfork_error *reterr);
 _Noreturn void afk_boot_run(PyObject *boot, const struct afk_job *job,
-                            struct afk_forking *f);
+                            struct afk_forking *f, bool in_subinterpreter);
 /* Runs a job in the current interpreter; its outcome has been reported when the exit
  * code is returned. */
 int afk_boot_run_target(PyObject *boot, const struct afk_job *job,
@@ -244,6 +241,10 @@ unsigned afk_pad_threads(void); /* how many pads there are */
 bool afk_pad_has_interpreter(void);
 
 /* ---- subint.c ----------------------------------------------------------------- */
+/* An isolated interpreter, with a GIL of its own. Call detached: attached to it
+ * afterwards, or NULL with reterr filled and still detached. `stage`: that of a
+ * refusal of CPython's. */
+PyThreadState *afk_subint_new(int stage, struct anyfork_error *reterr);
 /* In a worker: the job in an interpreter and on a thread of its own; waits for it, and
  * returns its exit code. */
 int afk_subint_host(const struct afk_job *job, const struct afk_reporter *reporter);

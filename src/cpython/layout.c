@@ -513,7 +513,6 @@ afk_layout_discover(const struct afk_layout_source *source, struct afk_layout *l
     lo->interp_threads = t.interp.threads_head;
     lo->interp_gil = t.interp.ceval_gil;
     lo->interp_own_gil = t.interp.gil;
-    lo->gil_locked = t.interp.gil_locked - t.interp.gil;
     lo->gil_holder = t.interp.gil_holder - t.interp.gil;
     lo->frame_previous = t.frame.previous;
 
@@ -624,15 +623,16 @@ loaded(void)
 void
 afk_unlink_interpreter(PyInterpreterState *interp)
 {
-    if (atomic_load(&known) != 2 || here.state[AFK_FEATURE_HOP] != AFK_READY)
+    const struct afk_layout *lo = afk_layout_if_known();
+    if (lo == NULL || lo->state[AFK_FEATURE_HOP] != AFK_READY)
         return;
-    PyInterpreterState **link = afk_runtime_head(&here);
+    PyInterpreterState **link = afk_runtime_head(lo);
     for (unsigned n = 0; *link != NULL && n < INTERPRETERS_MAX; n++) {
         if (*link == interp) {
-            *link = *afk_interp_next(&here, interp);
+            *link = *afk_interp_next(lo, interp);
             return;
         }
-        link = afk_interp_next(&here, *link);
+        link = afk_interp_next(lo, *link);
     }
 }
 
@@ -706,12 +706,6 @@ PyObject **
 afk_interp_child_hooks(const struct afk_layout *lo, PyInterpreterState *interp)
 {
     return FIELD(interp, lo->interp_hooks + 2 * sizeof(PyObject *), PyObject *);
-}
-
-int *
-afk_gil_locked(const struct afk_layout *lo, char *gil)
-{
-    return FIELD(gil, lo->gil_locked, int);
 }
 
 PyThreadState **

@@ -14,7 +14,6 @@
 #include <pthread.h>
 #include <sched.h>
 #include <semaphore.h>
-#include <signal.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
@@ -191,43 +190,16 @@ serve(struct request *r)
 static PyThreadState *
 make_interpreter(struct anyfork_error *reterr)
 {
-    static const PyInterpreterConfig isolated = {
-        .use_main_obmalloc = 0,
-        .allow_fork = 0,
-        .allow_exec = 0,
-        .allow_threads = 1,
-        .allow_daemon_threads = 0,
-        .check_multi_interp_extensions = 1,
-        .gil = PyInterpreterConfig_OWN_GIL,
-    };
-    PyThreadState *ts = NULL;
-    PyThreadState *tm = AFK_ALLOC("PyThreadState_New", PyThreadState_New(PyInterpreterState_Main()));
-    if (tm == NULL) {
-        (void)AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_MEMORY, ENOMEM, "launch pad");
+    PyThreadState *ts = afk_subint_new(ANYFORK_STAGE_PAD, reterr);
+    if (ts == NULL)
         return NULL;
-    }
-    PyEval_RestoreThread(tm);
-    PyStatus status = Py_NewInterpreterFromConfig(&ts, &isolated);
-    bool made = !PyStatus_Exception(status) && ts != NULL;
-    if (made && PyRun_SimpleString(blocker) != 0) {
+    if (PyRun_SimpleString(blocker) != 0) {
         Py_EndInterpreter(ts);
-        ts = NULL;
         (void)AFK_FAIL(reterr, ANYFORK_EUNAVAILABLE, ANYFORK_STAGE_PAD, 0,
                        "an event loop is imported when an interpreter starts");
-        PyEval_RestoreThread(tm);
+        return NULL;
     }
-    else if (!made) {
-        (void)AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_PAD, 0,
-                       status.err_msg ? status.err_msg : "cannot create an interpreter");
-    }
-    else {
-        atomic_store(&pad_interp, ts->interp);
-        (void)PyThreadState_Swap(tm);
-    }
-    PyThreadState_Clear(tm);
-    PyThreadState_DeleteCurrent();
-    if (ts != NULL)
-        PyEval_RestoreThread(ts);
+    atomic_store(&pad_interp, ts->interp);
     return ts;
 }
 
@@ -276,19 +248,6 @@ pad_main(void *arg)
         atomic_store(&pad_interp, NULL);
     }
     return NULL;
-}
-
-static int
-start_thread(struct pad *p)
-{
-    sigset_t all, old;
-    (void)sem_init(&p->wake, 0, 0);
-    (void)sigfillset(&all);
-    (void)pthread_sigmask(SIG_SETMASK, &all, &old);
-    /* The default stack size: in the child the target runs on it. */
-    int r = AFK_SYS("pthread_create", pthread_create(&p->thread, NULL, pad_main, p));
-    (void)pthread_sigmask(SIG_SETMASK, &old, NULL);
-    return r < 0 ? -r : r;
 }
 
 static struct timespec
@@ -439,11 +398,12 @@ bring_up(enum afk_pad kind, int64_t deadline, struct anyfork_error *reterr)
     if (p == NULL)
         return AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_MEMORY, ENOMEM, "launch pad");
     p->kind = kind;
-    int errnum = start_thread(p);
-    if (errnum != 0) {
+    (void)sem_init(&p->wake, 0, 0);
+    int r = afk_os_thread(&p->thread, pad_main, p);
+    if (r < 0) {
         (void)sem_destroy(&p->wake);
         free(p);
-        return AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_THREAD, errnum, "launch pad");
+        return AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_THREAD, -r, "launch pad");
     }
     place->pad = p;
     bool lent = false;

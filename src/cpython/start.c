@@ -44,7 +44,8 @@ start_here(const struct afk_method *method, const struct afk_job *job,
     if (boot != NULL) {
         r = afk_fork_from(&f, reterr);
         if (r == 0)
-            afk_boot_run(boot, job, &f); /* in the child; never returns */
+            /* In the child; never returns. */
+            afk_boot_run(boot, job, &f, method->target == AFK_TARGET_FRESH);
         Py_DECREF(boot);
     }
     afk_swap_back(fresh, from);
@@ -115,7 +116,6 @@ afk_start(const struct afk_method *method, const struct afk_job *asked,
 {
     struct afk_job job = *asked;
     job.caller = PyThread_get_thread_ident();
-    job.in_subinterpreter = method->target == AFK_TARGET_FRESH && method->start == afk_start_fork;
     bool in_main = PyInterpreterState_Get() == PyInterpreterState_Main();
     int r = afk_check_caller(reterr);
     if (r == 0)

@@ -11,13 +11,12 @@
 
 #include <errno.h>
 #include <pthread.h>
-#include <signal.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
-#define LOOK_NS 50000000 /* between two looks at signals */
+#define LOOK_US 50000 /* between two looks at signals */
 
 struct host {
     struct afk_job job;
@@ -28,10 +27,8 @@ struct host {
 
 static atomic_uint running;
 
-/* Attached to the new interpreter on success, detached on failure. The record of a
- * failure has been sent. */
-static PyThreadState *
-make_interpreter(const struct host *h)
+PyThreadState *
+afk_subint_new(int stage, struct anyfork_error *reterr)
 {
     static const PyInterpreterConfig isolated = {
         .use_main_obmalloc = 0,
@@ -45,17 +42,20 @@ make_interpreter(const struct host *h)
     PyThreadState *ts = NULL;
     PyThreadState *tm = AFK_ALLOC("PyThreadState_New", PyThreadState_New(PyInterpreterState_Main()));
     if (tm == NULL) {
-        afk_reporter_send(&h->reporter, AFK_REPORT_ERROR, ANYFORK_STAGE_MEMORY, AFK_EXIT_PRELUDE,
-                          NULL, 0);
+        (void)AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_MEMORY, ENOMEM,
+                       "thread state of main");
         return NULL;
     }
     PyEval_RestoreThread(tm);
     PyStatus status = Py_NewInterpreterFromConfig(&ts, &isolated);
-    if (PyStatus_Exception(status) || ts == NULL)
-        afk_reporter_send(&h->reporter, AFK_REPORT_ERROR, ANYFORK_STAGE_INTERPRETER,
-                          AFK_EXIT_PRELUDE, NULL, 0);
-    else
+    if (PyStatus_Exception(status) || ts == NULL) {
+        ts = NULL;
+        (void)AFK_FAIL(reterr, ANYFORK_ESYSTEM, stage, 0,
+                       status.err_msg ? status.err_msg : "cannot create an interpreter");
+    }
+    else {
         (void)PyThreadState_Swap(tm);
+    }
     PyThreadState_Clear(tm);
     PyThreadState_DeleteCurrent();
     if (ts != NULL)
@@ -67,25 +67,21 @@ make_interpreter(const struct host *h)
 static int
 run(struct host *h)
 {
-    PyThreadState *ts = make_interpreter(h);
-    if (ts == NULL)
-        return AFK_EXIT_PRELUDE;
     struct anyfork_error error;
+    PyThreadState *ts = afk_subint_new(ANYFORK_STAGE_INTERPRETER, &error);
+    PyObject *boot = ts ? afk_boot_prepare(&error) : NULL;
     int code = AFK_EXIT_PRELUDE;
-    PyObject *boot = afk_boot_prepare(&error);
     if (boot != NULL) {
+        afk_fault_spare(); /* from here on it is the worker's own way */
         code = afk_boot_run_target(boot, &h->job, &h->reporter);
         afk_boot_finish(boot);
         Py_DECREF(boot);
     }
     else {
-        struct afk_report record = {.magic = AFK_REPORT_MAGIC,
-                                    .kind = AFK_REPORT_ERROR,
-                                    .stage = ANYFORK_STAGE_PRELUDE};
-        (void)snprintf(record.detail, sizeof record.detail, "%.39s", error.detail);
-        (void)afk_report_write(h->reporter.fd, &record);
+        afk_reporter_fail(&h->reporter, &error);
     }
-    Py_EndInterpreter(ts);
+    if (ts != NULL)
+        Py_EndInterpreter(ts);
     return code;
 }
 
@@ -106,24 +102,16 @@ host_main(void *arg)
     return NULL;
 }
 
-static int
-start_thread(struct host *h, pthread_t *ret_thread)
-{
-    sigset_t all, old;
-    (void)sigfillset(&all);
-    (void)pthread_sigmask(SIG_SETMASK, &all, &old);
-    int r = AFK_SYS("pthread_create", pthread_create(ret_thread, NULL, host_main, h));
-    (void)pthread_sigmask(SIG_SETMASK, &old, NULL);
-    return r < 0 ? -r : r;
-}
-
 int
 afk_subint_host(const struct afk_job *job, const struct afk_reporter *reporter)
 {
     struct host h = {.job = *job, .reporter = *reporter, .code = AFK_EXIT_PRELUDE};
     pthread_t thread;
-    if (start_thread(&h, &thread) != 0) {
-        afk_reporter_send(reporter, AFK_REPORT_ERROR, ANYFORK_STAGE_THREAD, AFK_EXIT_PRELUDE, NULL, 0);
+    int r = afk_os_thread(&thread, host_main, &h);
+    if (r < 0) {
+        struct anyfork_error error;
+        (void)AFK_FAIL(&error, ANYFORK_ESYSTEM, ANYFORK_STAGE_THREAD, -r, "for the interpreter");
+        afk_reporter_fail(reporter, &error);
         return AFK_EXIT_PRELUDE;
     }
     Py_BEGIN_ALLOW_THREADS
@@ -165,10 +153,10 @@ afk_start_subint(const struct afk_method *method, const struct afk_job *job,
         goto fail;
     }
     atomic_fetch_add(&running, 1);
-    r = start_thread(h, &thread);
-    if (r != 0) {
+    r = afk_os_thread(&thread, host_main, h);
+    if (r < 0) {
         atomic_fetch_sub(&running, 1);
-        r = AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_THREAD, r, "for the interpreter");
+        r = AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_THREAD, -r, "for the interpreter");
         goto fail;
     }
     (void)pthread_detach(thread);
@@ -194,7 +182,7 @@ afk_subint_join_all(void)
 {
     while (atomic_load(&running) > 0) {
         Py_BEGIN_ALLOW_THREADS
-        (void)usleep(LOOK_NS / 1000);
+        (void)usleep(LOOK_US);
         Py_END_ALLOW_THREADS
         if (PyErr_CheckSignals() < 0)
             return -1;

@@ -125,22 +125,14 @@ find_kept(struct afk_forking *f)
 static void
 return_to_caller(struct afk_forking *f)
 {
-    if (!f->own_gil) {
-        if (f->fresh_tm)
-            afk_swap_back(f->tm, f->ts);
-        else
-            afk_swap(f->ts);
-    }
-    else {
-        if (f->fresh_tm) {
-            PyThreadState_Clear(f->tm);
-            PyThreadState_DeleteCurrent();
-        }
-        else {
-            (void)PyEval_SaveThread();
-        }
+    if (f->fresh_tm)
+        afk_swap_back(f->tm, f->own_gil ? NULL : f->ts);
+    else if (f->own_gil)
+        (void)PyEval_SaveThread();
+    else
+        afk_swap(f->ts);
+    if (f->own_gil)
         afk_enter(f->layout, f->ts);
-    }
     afk_head_lock(f->layout);
     PyOS_AfterFork_Parent(); /* unlocks HEAD, the import lock; hooks */
 }

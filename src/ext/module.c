@@ -121,35 +121,33 @@ ext_spawn(PyObject *module, PyObject *args)
 }
 
 static PyObject *
-ext_method_names(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(args))
+append(PyObject *list, PyObject *row)
 {
-    PyObject *names = PyTuple_New((Py_ssize_t)afk_n_methods);
-    for (unsigned i = 0; names != NULL && i < afk_n_methods; i++) {
-        PyObject *name = PyUnicode_FromString(afk_methods[i].name);
-        if (name == NULL || PyTuple_SetItem(names, (Py_ssize_t)i, name) < 0)
-            Py_CLEAR(names);
-    }
-    return names;
+    if (row == NULL || PyList_Append(list, row) < 0)
+        Py_CLEAR(list);
+    Py_XDECREF(row);
+    return list;
 }
 
-static const char *const targets[] = {"caller", "main", "fresh"}; /* enum afk_target */
+/* What is known of a row without looking at the interpreter's layout. */
+static PyObject *
+traits(const struct afk_method *m)
+{
+    static const char *const targets[] = {"caller", "main", "fresh"}; /* enum afk_target */
+    bool in_main = PyInterpreterState_Get() == PyInterpreterState_Main();
+    return Py_BuildValue("{s:s,s:s,s:s,s:s,s:s,s:s,s:O,s:O}", "name", m->name, "summary",
+                         m->summary, "runs_in", m->runs_in, "memory", m->memory, "may_wait_for",
+                         m->may_wait_for, "target", targets[m->target], "has_process",
+                         m->has_process ? Py_True : Py_False, "pickles",
+                         afk_method_pickles(m, in_main) ? Py_True : Py_False);
+}
 
-/* What is known of the rows without looking at the interpreter's layout. */
 static PyObject *
 ext_method_traits(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(args))
 {
     PyObject *list = PyList_New(0);
-    bool in_main = PyInterpreterState_Get() == PyInterpreterState_Main();
-    for (unsigned i = 0; list != NULL && i < afk_n_methods; i++) {
-        const struct afk_method *m = &afk_methods[i];
-        PyObject *row = Py_BuildValue("{s:s,s:s,s:O,s:O}", "name", m->name, "target",
-                                      targets[m->target], "has_process",
-                                      m->has_process ? Py_True : Py_False, "pickles",
-                                      afk_method_pickles(m, in_main) ? Py_True : Py_False);
-        if (row == NULL || PyList_Append(list, row) < 0)
-            Py_CLEAR(list);
-        Py_XDECREF(row);
-    }
+    for (unsigned i = 0; list != NULL && i < afk_n_methods; i++)
+        list = append(list, traits(&afk_methods[i]));
     return list;
 }
 
@@ -157,22 +155,16 @@ static PyObject *
 ext_methods(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(args))
 {
     PyObject *list = PyList_New(0);
-    bool in_main = PyInterpreterState_Get() == PyInterpreterState_Main();
     for (unsigned i = 0; list != NULL && i < afk_n_methods; i++) {
-        const struct afk_method *m = &afk_methods[i];
         struct anyfork_error error = {0};
-        int r = afk_method_probe(m, &error);
-        PyObject *row = Py_BuildValue("{s:s,s:s,s:s,s:s,s:s,s:s,s:O,s:O,s:O,s:z}", "name", m->name, "summary",
-                                      m->summary, "runs_in", m->runs_in, "memory", m->memory,
-                                      "may_wait_for", m->may_wait_for, "target",
-                                      targets[m->target], "has_process",
-                                      m->has_process ? Py_True : Py_False, "pickles",
-                                      afk_method_pickles(m, in_main) ? Py_True : Py_False, "available",
-                                      r == 0 ? Py_True : Py_False, "reason",
-                                      r == 0 ? NULL : error.detail);
-        if (row == NULL || PyList_Append(list, row) < 0)
-            Py_CLEAR(list);
-        Py_XDECREF(row);
+        int r = afk_method_probe(&afk_methods[i], &error);
+        PyObject *row = traits(&afk_methods[i]);
+        PyObject *tried = Py_BuildValue("{s:O,s:z}", "available", r == 0 ? Py_True : Py_False,
+                                        "reason", r == 0 ? NULL : error.detail);
+        if (row != NULL && (tried == NULL || PyDict_Update(row, tried) < 0))
+            Py_CLEAR(row);
+        Py_XDECREF(tried);
+        list = append(list, row);
     }
     return list;
 }
@@ -346,7 +338,6 @@ static PyMethodDef functions[] = {
     {"forkpty", ext_forkpty, METH_NOARGS,
      "forkpty()\n--\n\nFork with a new pseudo-terminal; returns (pid, master fd)."},
     {"spawn", ext_spawn, METH_VARARGS, NULL},
-    {"method_names", ext_method_names, METH_NOARGS, NULL},
     {"method_traits", ext_method_traits, METH_NOARGS, NULL},
     {"methods", ext_methods, METH_NOARGS, NULL},
     {"check_fork", ext_check_fork, METH_NOARGS, NULL},

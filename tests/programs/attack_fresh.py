@@ -12,7 +12,7 @@ import threading
 import time
 from typing import Any
 
-from attack_common import LIMIT, busy, places, raises, same
+from attack_common import LIMIT, busy, places, raises, same, until
 
 import anyfork
 from anyfork import _anyfork
@@ -222,19 +222,12 @@ def write_then(fd: int, seconds: float) -> None:
 
 
 def check_a_thread_outlives_its_handle(place: str) -> None:
+    threads = len(os.listdir("/proc/self/task"))
     r, w = os.pipe()
     for method in fresh(process=False):
         anyfork.spawn(write_then, w, 0.1, method=method).close()
         same(os.read(r, 1), b"x")
     os.close(r)
     os.close(w)
-    # It still writes its reports into a socket that nobody reads: no SIGPIPE.
-    until_gone()
-
-
-def until_gone() -> None:
-    end = time.monotonic() + LIMIT
-    while len(os.listdir("/proc/self/task")) > 1 + len(threading.enumerate()):
-        if time.monotonic() > end or _anyfork.runtime() is None:
-            return
-        time.sleep(0.01)
+    # It still writes its reports, into a socket that nobody reads: no SIGPIPE.
+    until(lambda: len(os.listdir("/proc/self/task")) <= threads, "the thread's end")

@@ -38,6 +38,8 @@ STAGES = {
     "calloc(start)": {"memory"},
     "calloc(pad)": {"memory"},
     "calloc(request)": {"memory"},
+    "calloc(host)": {"memory"},
+    "malloc(pickle)": {"memory"},
     "PyThreadState_New": {"memory"},
     "pthread_create": {"thread"},
     "openpty": {"pty"},
