@@ -117,8 +117,16 @@ def run(n: int, threads: int, ways: tuple[str, ...], fd: int) -> None:
         t.join()
 
 
+naps = threading.local()
+
+
 def nap() -> None:
-    if random.random() < 0.02:
+    # A generator of its own for each thread: CPython's free-threaded builds may fork
+    # while a dead thread has the lock of a shared one, and random's own hook then
+    # waits for it in the child; see docs/internals.md.
+    if not hasattr(naps, "random"):
+        naps.random = random.Random()
+    if naps.random.random() < 0.02:
         time.sleep(0.0002)
 
 
