@@ -1,5 +1,7 @@
 /*
- * anyfork, the part that needs no Python: errors, and the handle of a worker.
+ * anyfork, the part that needs no Python: start a program as a supervised worker,
+ * wait for it, signal it, and tie it to its owner. `pkg-config anyfork-core` names
+ * the library; it uses no Python, and Linux is all that it needs.
  *
  * Every function states: what its arguments own, how it fails, which thread may
  * call it, what it blocks for, and since when it exists.
@@ -7,6 +9,8 @@
 #ifndef ANYFORK_ANYFORK_H
 #define ANYFORK_ANYFORK_H
 
+#include <signal.h>
+#include <stdbool.h>
 #include <stdint.h>
 #include <sys/types.h>
 
@@ -36,6 +40,8 @@ extern "C" {
     X(HANDSHAKE, "handshake", "cannot release the child")                      \
     X(LIFELINE, "lifeline", "cannot arm the lifeline")                         \
     X(CHILD, "child", "the child could not set itself up")                     \
+    X(OPTION, "option", "an option of the start could not be applied")         \
+    X(EXEC, "exec", "the program cannot be executed")                          \
     X(PRELUDE, "prelude", "the child's Python prelude failed")                 \
     X(UNPICKLE, "unpickle", "the target could not be loaded in the child")     \
     X(READ, "read", "cannot read the child's report")                          \
@@ -83,8 +89,158 @@ struct anyfork_error {
 ANYFORK_API const char *anyfork_stage_name(int stage);
 ANYFORK_API const char *anyfork_stage_text(int stage);
 
+/* ---- options of one start ------------------------------------------------- */
+
+enum anyfork_stdio_kind {
+    ANYFORK_STDIO_INHERIT, /* the owner's */
+    ANYFORK_STDIO_NULL,    /* /dev/null */
+    ANYFORK_STDIO_PIPE,    /* a new pipe; the other end: anyfork_child_take_stdio() */
+    ANYFORK_STDIO_FD,      /* a copy of `fd`, which stays the caller's */
+    ANYFORK_STDIO_FILE,    /* `path`, opened by the owner before the start */
+    ANYFORK_STDIO_STDOUT,  /* standard error only: where standard output goes */
+    ANYFORK_STDIO_COUNT
+};
+struct anyfork_stdio {
+    int32_t kind;     /* enum anyfork_stdio_kind */
+    int32_t fd;       /* FD */
+    const char *path; /* FILE */
+    int32_t flags;    /* FILE: of open(2), O_WRONLY | O_CREAT | O_APPEND say */
+    uint32_t mode;    /* FILE: permissions of a file that is made */
+};
+
+/* A descriptor for the worker. `fd` stays the caller's, who keeps it open until the
+ * start returns. */
+struct anyfork_fd {
+    int32_t fd;
+    int32_t target; /* its number in the worker: at least 3, and unique */
+};
+
+/* What becomes of the descriptors that are not listed. Standard input, output and
+ * error are not meant: those are what `stdio` says. */
+enum anyfork_fd_policy {
+    ANYFORK_FDS_DEFAULT,   /* `exec`: close; methods that fork: tombstone */
+    ANYFORK_FDS_CLOSE,
+    ANYFORK_FDS_TOMBSTONE, /* replaced by a placeholder that nothing can be read from or
+                            * written to, so that what the memory still knows of them closes
+                            * the placeholder and not a new file of the same number */
+    ANYFORK_FDS_INHERIT,   /* as fork(2), or as execve(2), leave them */
+    ANYFORK_FDS_COUNT
+};
+
+/* What the worker does with a SIGINT, which a terminal sends to its whole foreground
+ * process group. */
+enum anyfork_sigint {
+    ANYFORK_SIGINT_OWNER, /* ignores it: its owner ends it in its own time */
+    ANYFORK_SIGINT_OWN,   /* the default action; KeyboardInterrupt in Python */
+    ANYFORK_SIGINT_GROUP, /* the same, in a process group of its own, which no terminal
+                           * sends anything to */
+    ANYFORK_SIGINT_COUNT
+};
+
+enum anyfork_session {
+    ANYFORK_SESSION_KEEP,
+    ANYFORK_SESSION_NEW,   /* setsid(2): also a new process group */
+    ANYFORK_SESSION_GROUP, /* setpgid(2): the process group `process_group` */
+    ANYFORK_SESSION_COUNT
+};
+
+/* Who goes when the owner does. */
+enum anyfork_scope {
+    ANYFORK_SCOPE_WORKER,
+    ANYFORK_SCOPE_GROUP, /* its process group; needs a session or a group of its own */
+    ANYFORK_SCOPE_COUNT
+};
+
+struct anyfork_rlimit {
+    int32_t resource; /* RLIMIT_NOFILE, ...; see getrlimit(2) */
+    uint64_t soft, hard; /* UINT64_MAX: no limit */
+};
+
+#define ANYFORK_KEEP (-1)         /* leave it as the owner has it */
+#define ANYFORK_OOM_KEEP INT32_MIN
+
+/*
+ * The state of one worker; what is not set is the owner's. All pointers are
+ * borrowed until the start returns. Applied in this order: lifeline, session and
+ * process group, descriptors, signals, umask, cgroup, oom score, nice, CPUs, limits,
+ * cwd, groups, group, user, name. A worker that forks does the latter half after its
+ * fork handlers.
+ */
+struct anyfork_options {
+    uint32_t size;            /* sizeof(struct anyfork_options), set by _init() */
+    const char *const *argv;  /* exec only; ends with NULL */
+    const char *program;      /* exec only; NULL: argv[0], looked up in PATH of env */
+    const char *const *env;   /* "NAME=value", ends with NULL; NULL: the owner's */
+    const char *cwd;          /* chdir(2) */
+    int32_t umask;            /* umask(2), 0 to 0777 */
+    int64_t user;             /* setresuid(2): real, effective and saved */
+    int64_t group;            /* setresgid(2) */
+    const gid_t *groups;      /* setgroups(2) */
+    int32_t n_groups;         /* ANYFORK_KEEP: the owner's */
+    const struct anyfork_rlimit *rlimits;
+    uint32_t n_rlimits;
+    int32_t nice;             /* added to the owner's, as nice(2); 0: the same */
+    const uint32_t *cpus;     /* sched_setaffinity(2) */
+    uint32_t n_cpus;          /* 0: the owner's */
+    const char *cgroup;       /* folder of a cgroup v2 */
+    int32_t oom_score_adj;    /* -1000 to 1000; ANYFORK_OOM_KEEP */
+    const char *name;         /* what ps(1) shows: /proc/PID/comm, of which 15 bytes are
+                               * kept, and as much of the command line as there is room
+                               * for. With argv: argv[0], and comm is the program's */
+    int32_t session;          /* enum anyfork_session */
+    int32_t process_group;    /* 0: a new one, led by the worker; or an existing one */
+    struct anyfork_stdio stdio[3];
+    const struct anyfork_fd *fds;
+    uint32_t n_fds;
+    int32_t fd_policy;        /* enum anyfork_fd_policy */
+    const sigset_t *signal_mask;     /* blocked; NULL: none */
+    const sigset_t *ignored_signals; /* SIG_IGN; NULL: those that the owner ignores */
+    const sigset_t *default_signals; /* SIG_DFL though the owner ignores them; NULL: none */
+    int32_t sigint;           /* enum anyfork_sigint */
+    int32_t lifeline_signal;  /* sent when the owner ends, SIGKILL; 0: none, it lives on */
+    int32_t lifeline_scope;   /* enum anyfork_scope */
+};
+
+/* Sets every member to "the owner's", and the defaults named above.
+ * Call from: anywhere. Since 0.1. */
+ANYFORK_API void anyfork_options_init(struct anyfork_options *options);
+
 /* A worker and what its owner knows of it. Opaque; see anyfork_child_close(). */
 struct anyfork_child;
+
+/*
+ * Start a program: clone(2) with CLONE_VM and CLONE_VFORK, then execve(2). No
+ * pthread_atfork(3) handler runs, and the owner's memory is not copied, however
+ * large it is.
+ *
+ *   options    argv is required; see the struct.
+ *   ret_child  set on success only; release with anyfork_child_close().
+ *   reterr     set on failure only; may be NULL.
+ *
+ * Returns 0 once the program runs; or, with nothing left behind:
+ *   ANYFORK_EINVAL   stage ARGUMENT: detail names the member.
+ *   ANYFORK_ESYSTEM  stage OPTION: detail names the member that the system refused;
+ *                    EXEC: execve(2) failed, ENOENT say; FORK, PIPE, MEMORY, LIFELINE.
+ *
+ * Call from:  any thread; in Python detach the thread state first, for it
+ * Blocks for: the system's loading of the program, during which it cannot be
+ *             interrupted.
+ * Signals:    blocked in the calling thread until the program runs.
+ * Since 0.1.
+ */
+ANYFORK_API int anyfork_spawn_argv(const struct anyfork_options *options,
+                                   struct anyfork_child **ret_child,
+                                   struct anyfork_error *reterr);
+
+/* The owner's end of a PIPE of `stdio` (which: 0, 1 or 2); from then on the caller's,
+ * to close. -1 if there is none, or it was taken. Call from: any thread. Since 0.1. */
+ANYFORK_API int anyfork_child_take_stdio(struct anyfork_child *child, int which);
+
+/* Let the worker go: it lives on without its owner. It is still waited for while
+ * the handle is open; anyfork_child_close() then neither kills nor reaps it.
+ * Returns 0, ANYFORK_EFOREIGN, or ANYFORK_EUNAVAILABLE for a thread of this process.
+ * Call from: any thread. Since 0.1. */
+ANYFORK_API int anyfork_child_detach(struct anyfork_child *child);
 
 /* Process id, and a pidfd opened before the child could end. The pidfd belongs
  * to the handle; -1 after close. A worker that is a thread of this process

@@ -342,6 +342,10 @@ def finish() -> None:
                     pass
 
 
+# On free-threaded builds the first call of a C function prepares its argument parser,
+# and a child that was forked meanwhile waits for ever for a dead thread to finish.
+pickle.loads(pickle.dumps(None, protocol=5))
+
 # Modules that the functions above reach only on their way: loaded now, for an
 # import in the child might wait for a dead thread.
 _needed = (linecache, traceback, pickle)

@@ -17,6 +17,7 @@
 
 struct anyfork_error;
 struct anyfork_child;
+struct anyfork_options;
 
 /* ---- fault.c: compiled in with -Dfaults=true only ------------------------ */
 #ifdef AFK_FAULTS
@@ -49,6 +50,15 @@ int afk_os_pidfd_reap(int pidfd, bool block, int *ret_status);
 /* The wait status of a process that somebody else reaped; Linux >= 6.15. */
 int afk_os_pidfd_exit_info(int pidfd, int *ret_status);
 int afk_os_openpty(int *ret_master, int *ret_slave);
+/* Always close-on-exec. `dir` as of openat(2). */
+int afk_os_open(int dir, const char *path, int flags, unsigned mode);
+bool afk_os_fd_is_open(int fd);
+bool afk_os_is_cgroup2(int fd);
+/* The flag O_ASYNC of an open file, and so whether anybody is told of its events. */
+int afk_os_stop_async(int fd);
+/* A stack for a child that shares this memory: its upper end is base + size. */
+int afk_os_map_stack(size_t size, void **ret_base);
+void afk_os_unmap_stack(void *base, size_t size);
 ssize_t afk_os_read(int fd, void *buf, size_t size);
 int afk_os_write_all(int fd, const void *buf, size_t size);
 int afk_os_send_byte(int fd, char byte);
@@ -115,7 +125,58 @@ void afk_lifeline_close(int *fd);
 /* Runs `hook` in every forked child, async-signal-safe. */
 void afk_at_fork_child(void (*hook)(void));
 
-/* ---- fork.c, child.c ------------------------------------------------------ */
+/* ---- options.c: what a start asks for, judged and opened in the parent ----- */
+struct afk_fd_move {
+    int from, to;
+    bool park; /* its source is the target of another one */
+};
+
+/* Data for child_options.c, and the parent's fds that it refers to. */
+struct afk_setup {
+    int session;         /* enum anyfork_session */
+    pid_t process_group;
+    unsigned n_moves;
+    struct afk_fd_move *move; /* in ascending order of `to` */
+    int lowest;          /* above every target: where our own fds are */
+    int report_to;       /* the worker's end of the report socket moves there, or -1 */
+    int fd_policy;       /* enum anyfork_fd_policy, never DEFAULT */
+    bool ignore_sigint;
+    int sigint;          /* enum anyfork_sigint */
+    sigset_t mask, ignored, defaults;
+    int lifeline_signal; /* 0: none */
+    bool lifeline_group;
+    int umask;
+    int cgroup_dir, cgroup_procs; /* fds, or -1 */
+    int oom_score_adj;
+    int nice;
+    unsigned long *cpus; /* a mask */
+    size_t cpus_size;    /* bytes */
+    const struct anyfork_rlimit *rlimits; /* borrowed, as all that is const */
+    unsigned n_rlimits;
+    const char *cwd;
+    const gid_t *groups;
+    int n_groups;        /* -1: keep */
+    int64_t user, group; /* -1: keep */
+    const char *name;
+    const char *const *env;
+    /* exec only */
+    const char *const *argv;
+    char **argv_named;   /* argv with `name` first */
+    char **candidates;   /* paths to try in turn, ends with NULL */
+    /* the parent's */
+    int opened[3];       /* the worker's ends of its standard streams, ours to close */
+    int owner_end[3];    /* of pipes */
+};
+
+enum afk_setup_for { AFK_SETUP_EXEC, AFK_SETUP_FORK };
+/* Checks `options` (NULL: the defaults) and opens what they name. Returns 0; or a
+ * negative code with reterr filled, and nothing left open. */
+int afk_setup_prepare(struct afk_setup *setup, const struct anyfork_options *options,
+                      enum afk_setup_for purpose, int report_to, struct anyfork_error *reterr);
+/* Frees and closes; twice does no harm. */
+void afk_setup_release(struct afk_setup *setup);
+
+/* ---- fork.c, child.c, child_options.c --------------------------------------- */
 #define AFK_STORES_MAX 512
 #define AFK_EXIT_SETUP 113   /* phase A failed; an ERROR record says why */
 #define AFK_EXIT_ORPHANED 114 /* the owner died before the worker was armed */
@@ -145,6 +206,9 @@ struct afk_plan {
     int status_fd;    /* the worker's end of the report socket, or -1 */
     int tty_fd;       /* slave of the new controlling terminal, or -1 */
     int tty_master_fd;
+    const struct afk_setup *setup; /* of a worker; NULL for fork() */
+    struct anyfork_error *failure; /* where a child that shares our memory says why it ended */
+    bool owner_holds_us;  /* in the child: the owner has a pidfd of us */
     sigset_t caller_mask; /* filled by afk_fork() */
     sigset_t was_reset;   /* filled in the child: signals that were reset to SIG_DFL */
 };
@@ -161,11 +225,29 @@ void afk_child_default_dispositions(sigset_t *ret_reset);
 _Noreturn void afk_child_give_up(const struct afk_plan *plan, int stage, int errnum,
                                  const char *detail);
 
+/* clone(2) with the memory shared and the caller stopped until the child has
+ * executed plan->setup's program: its pid, with *ret_pidfd. A negative errno means
+ * that there is no child; if plan->failure is filled, it has ended. */
+pid_t afk_fork_exec(struct afk_plan *plan, int *ret_pidfd);
+
+/* Async-signal-safe, in the child. Each ends it if the system refuses. */
+void afk_child_join_session(const struct afk_plan *plan);
+void afk_child_place_fds(struct afk_plan *plan);
+void afk_child_set_signals(const struct afk_plan *plan);
+/* What a fork's handlers must not be in the way of, nor be hindered by: umask to name. */
+void afk_child_apply(const struct afk_plan *plan);
+_Noreturn void afk_child_exec(const struct afk_plan *plan);
+
 /* ---- process.c ------------------------------------------------------------ */
+/* How many fds a worker costs its owner: report socket, lifeline (2), pidfd. */
+struct afk_child_wants {
+    int lowest;    /* the worker's ends get no lower number than this */
+    bool lifeline;
+};
 /* New handle with its pipes; the worker's ends are put in the plan.
  * Returns 0 or a negative enum anyfork_code with reterr filled. */
 int afk_child_new(struct anyfork_child **ret_child, struct afk_plan *plan,
-                  struct anyfork_error *reterr);
+                  const struct afk_child_wants *wants, struct anyfork_error *reterr);
 /* The same for a worker that is a thread of this process: no pid, no lifeline, and
  * nothing to kill. *ret_fd is its end of the report socket. */
 int afk_child_new_in_process(struct anyfork_child **ret_child, int *ret_fd,
@@ -174,6 +256,12 @@ int afk_child_new_in_process(struct anyfork_child **ret_child, int *ret_fd,
  * On failure the child has been killed and reaped. */
 int afk_child_adopt(struct anyfork_child *child, pid_t pid, struct afk_plan *plan,
                     struct anyfork_error *reterr);
+/* The same for a child that shared our memory and has executed its program; `ready`
+ * if that is all that is to be known of it. */
+int afk_child_adopt_executed(struct anyfork_child *child, pid_t pid, int pidfd, bool ready,
+                             struct afk_plan *plan, struct anyfork_error *reterr);
+/* The owner's ends of standard streams; the handle owns them from now on. */
+void afk_child_set_stdio(struct anyfork_child *child, struct afk_setup *setup);
 /* A call under way in another thread keeps the handle alive over a close. */
 void afk_child_ref(struct anyfork_child *child);
 void afk_child_unref(struct anyfork_child *child);
