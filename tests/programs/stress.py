@@ -16,7 +16,6 @@ import argparse
 import gc
 import json
 import os
-import random
 import struct
 import sys
 import threading
@@ -117,16 +116,11 @@ def run(n: int, threads: int, ways: tuple[str, ...], fd: int) -> None:
         t.join()
 
 
-naps = threading.local()
-
-
 def nap() -> None:
-    # A generator of its own for each thread: CPython's free-threaded builds may fork
-    # while a dead thread has the lock of a shared one, and random's own hook then
-    # waits for it in the child; see docs/internals.md.
-    if not hasattr(naps, "random"):
-        naps.random = random.Random()
-    if naps.random.random() < 0.02:
+    # No object that threads share: CPython's free-threaded builds may fork while a dead
+    # thread has the lock of one, for which its own hooks then wait in the child; see
+    # docs/internals.md.
+    if time.perf_counter_ns() % 50 == 0:
         time.sleep(0.0002)
 
 
