@@ -10,6 +10,12 @@ enum afk_target {
     AFK_TARGET_FRESH,  /* an interpreter made for it, with nobody's memory: by pickle */
 };
 
+enum afk_process {
+    AFK_PROCESS_NONE,   /* a thread of this one: no pid, no options, no signals, no lifeline */
+    AFK_PROCESS_FORKED,
+    AFK_PROCESS_EXECUTED,
+};
+
 struct afk_method;
 typedef int (*afk_method_start)(const struct afk_method *method, const struct afk_job *job,
                                 struct anyfork_child **ret_child, struct anyfork_error *reterr);
@@ -21,7 +27,7 @@ struct afk_method {
     const char *memory;
     const char *may_wait_for;
     enum afk_target target;
-    bool has_process;     /* else no pid, no signals, no lifeline */
+    enum afk_process process;
     enum afk_pad pad;     /* AFK_PAD_SUBINT: from main only */
     afk_method_start start;
     enum afk_feature needs_in_main;   /* when called in the main interpreter */

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Check that child.c calls nothing but async-signal-safe functions.
+"""Check that child*.c call nothing but async-signal-safe functions.
 
 usage: tools/check_child.py [OBJECT_OR_FOLDER...]
 
 Between fork(2) and the repaired child every lock of the process may be held by a
-thread that does not exist any more. What the compiled object of src/core/child.c
-leaves undefined is all that it can call; each name must be in the list below.
+thread that does not exist any more. What the compiled objects of src/core/child.c
+and child_options.c leave undefined is all that they can call; each name must be in
+the list below.
 Folders are searched for the objects (default: build). Objects with sanitizers
 compiled in are passed over. Exit status: 0, 1 if something else is called, 2 if
 no object was found.
@@ -25,6 +26,13 @@ ALLOWED = frozenset(
         "_exit",
         "close",
         "dup2",
+        "dup3",
+        "chdir",
+        "execve",
+        "open",
+        "open64",
+        "setpgid",
+        "umask",
         "fcntl",
         "fcntl64",
         "getpid",
@@ -36,6 +44,19 @@ ALLOWED = frozenset(
         "sigismember",
         "sigprocmask",
         "write",
+        # Bare system calls, too, which POSIX lacks or does not list.
+        "getpriority",
+        "getrlimit",
+        "getrlimit64",
+        "prctl",
+        "setpriority",
+        "syscall",
+        "environ",  # a variable
+        # Of the other one of the two.
+        "afk_child_give_up",
+        "afk_child_join_session",
+        "afk_child_place_fds",
+        "afk_child_set_signals",
         "ioctl",  # a bare system call; not in POSIX's list because POSIX lacks it
         "memcpy",  # the compiler's, for structures
         "memset",
@@ -66,7 +87,7 @@ def find(arguments: list[str]) -> list[Path]:
     for name in arguments or [str(ROOT / "build")]:
         path = Path(name)
         if path.is_dir():
-            found.extend(sorted(path.rglob("*src_core_child.c.o")))
+            found.extend(sorted(path.rglob("*src_core_child*.c.o")))
         elif path.is_file():
             found.append(path)
         else:
@@ -91,7 +112,7 @@ def main(arguments: list[str]) -> int:
             failed = True
             print(f"check_child: {path} calls what may hang in a forked child: {', '.join(bad)}")
     if checked == 0:
-        print("check_child: no object of src/core/child.c: build first", file=sys.stderr)
+        print("check_child: no object of src/core/child*.c: build first", file=sys.stderr)
         return 2
     if not failed:
         print(f"check_child: {checked} object(s), only async-signal-safe calls")

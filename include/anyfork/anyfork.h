@@ -1,7 +1,7 @@
 /*
  * anyfork, the part that needs no Python: start a program as a supervised worker,
- * wait for it, signal it, and tie it to its owner. `pkg-config anyfork-core` names
- * the library; it uses no Python, and Linux is all that it needs.
+ * wait for it, signal it, and tie it to its owner. `pkg-config anyfork` names the
+ * library; it uses no Python, and Linux is all that it needs.
  *
  * Every function states: what its arguments own, how it fails, which thread may
  * call it, what it blocks for, and since when it exists.

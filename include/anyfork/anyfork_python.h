@@ -70,6 +70,7 @@ typedef int (*anyfork_main)(void *arg);
  *   args       child's memory has the objects. Methods that change interpreter
  *              refuse a callable from a sub-interpreter: use Python's
  *              anyfork.spawn(), which pickles.
+ *   options    of the worker's process; NULL: the defaults. Borrowed until it returns.
  *   ret_child  set on success only; release with anyfork_child_close().
  *   reterr     set on failure only; may be NULL.
  *
@@ -86,10 +87,13 @@ typedef int (*anyfork_main)(void *arg);
  * Since 0.1.
  */
 ANYFORK_API int anyfork_spawn_c(const char *method, anyfork_main entry, void *arg,
+                                const struct anyfork_options *options,
                                 struct anyfork_child **ret_child,
                                 struct anyfork_error *reterr);
 ANYFORK_API int anyfork_spawn_callable(const char *method, PyObject *callable,
-                                       PyObject *args, struct anyfork_child **ret_child,
+                                       PyObject *args,
+                                       const struct anyfork_options *options,
+                                       struct anyfork_child **ret_child,
                                        struct anyfork_error *reterr);
 
 /* The methods of this build, by index; NULL past the end.

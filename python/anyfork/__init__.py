@@ -6,10 +6,12 @@ import os as _os
 
 from . import _anyfork
 from ._anyfork import fork, forkpty
+from ._boot import register_child_reset
 from ._child import Child
 from ._errors import MethodUnavailable, RemoteError, SpawnError, WorkerDied
 from ._install import install, is_installed, uninstall
 from ._methods import Method, methods
+from ._options import Options
 from ._request import run, spawn
 
 __version__ = "0.1.0"
@@ -17,6 +19,7 @@ __all__ = [
     "Child",
     "Method",
     "MethodUnavailable",
+    "Options",
     "RemoteError",
     "SpawnError",
     "WorkerDied",
@@ -25,14 +28,15 @@ __all__ = [
     "install",
     "is_installed",
     "methods",
+    "register_child_reset",
     "run",
     "spawn",
     "uninstall",
 ]
 
-for _name in ("Child", "Method", "MethodUnavailable", "RemoteError", "SpawnError", "WorkerDied",
-              "install", "is_installed", "methods", "run", "spawn", "uninstall"):
-    globals()[_name].__module__ = __name__
+for _name in __all__:
+    if globals()[_name].__module__.startswith(f"{__name__}._") and _name not in ("fork", "forkpty"):
+        globals()[_name].__module__ = __name__
 del _name
 
 # Other interpreters may have to find this package too.

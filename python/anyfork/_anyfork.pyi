@@ -5,7 +5,7 @@ Every function works in any interpreter, from any thread, unless it says otherwi
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, TypedDict, final
+from typing import Any, Literal, NoReturn, TypedDict, final
 
 FAULTS: bool
 """Whether this build can inject faults (-Dfaults=true)."""
@@ -53,11 +53,17 @@ def forkpty() -> tuple[int, int]:
 def spawn[ChildT: Child](
     type: type[ChildT],
     method: str,
-    target: Callable[..., object] | bytes,
+    target: Callable[..., object] | bytes | None,
     args: tuple[object, ...],
+    options: dict[str, Any] | None,
+    report_to: int,
     /,
 ) -> ChildT:
-    """Start a worker; ``target`` is a callable, or bytes that _boot.load() understands."""
+    """Start a worker; ``target`` is a callable, bytes that _boot.load() understands, or
+    None for a program, whose end of the report socket gets the number ``report_to``."""
+
+def exec_worker(report_fd: int, target: bytes, /) -> NoReturn:
+    """Be the worker of method exec in a fresh interpreter."""
 
 def method_traits() -> list[_MethodTraits]:
     """The rows of the table, in its order, without looking at the interpreter's layout."""
@@ -128,7 +134,14 @@ class Child:
         """Send a signal; by pidfd, so never to another process."""
 
     def close(self) -> None:
-        """Kill the worker if it runs, reap it, close its fds."""
+        """Kill the worker if it runs, unless it is detached; reap it, close its fds."""
+
+    def detach(self) -> None:
+        """Let the worker outlive its owner and its handle, which then neither kills nor
+        waits. Raises MethodUnavailable for a thread of this process, SpawnError."""
+
+    def _take_stdio(self, which: int, /) -> int:
+        """The owner's end of a standard stream, the caller's from now on; or -1."""
 
     def _wait(self, until_ended: bool, timeout: float | None, /) -> bool:
         """Wait until it has ended, or else is ready; False if the time has passed."""

@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import _frozen_importlib
 import _thread
+import array
 import atexit
+import fcntl
 import io
 import linecache
+import os
 import pickle
+import signal
 import sys
 import threading
 import traceback
@@ -33,6 +37,33 @@ except ImportError:  # an isolated interpreter: nor can the target import it the
 _kept: list[object] = []
 
 READY, ERROR, RESULT, RAISED, EXIT = 1, 2, 3, 4, 5
+
+
+# ---- before the fork --------------------------------------------------------------
+
+
+def descriptors_in_use() -> bytes:
+    """Those above 2 that standard streams and logging handlers of this interpreter write
+    to, as an array of C ints: the worker writes there too. Sockets are not among them:
+    what two processes write to one would be mixed."""
+    names = ("stdin", "stdout", "stderr", "__stdin__", "__stdout__", "__stderr__")
+    streams: list[Any] = [getattr(sys, name, None) for name in names]
+    streams += [getattr(handler, "stream", None) for handler in _handlers()]
+    found = array.array("i")
+    for stream in streams:
+        try:
+            fd = stream.fileno()
+        except Exception:  # not over a descriptor, or closed
+            continue
+        if type(fd) is int and fd > 2 and fd not in found:
+            found.append(fd)
+    return found.tobytes()
+
+
+def _handlers() -> list[object]:
+    """The logging handlers that are alive."""
+    references = getattr(sys.modules.get("logging"), "_handlerList", ())
+    return [r() if isinstance(r, weakref.ref) else r for r in list(references)]
 
 
 # ---- before the hooks -----------------------------------------------------------
@@ -129,16 +160,44 @@ def _forget_threading_exits() -> None:
 # ---- the prelude ------------------------------------------------------------------
 
 
-def prelude() -> None:
-    """Make streams, logging, threads and multiprocessing a fresh process's own."""
-    for name in ("stdin", "stdout", "stderr"):
-        for stream in (getattr(sys, f"__{name}__", None), getattr(sys, name, None)):
-            _renew(stream)
+def prelude(redirected: int, interruptible: bool) -> None:
+    """Make streams, logging, threads and multiprocessing a fresh process's own.
+
+    ``redirected``: bits of the standard streams that are not the owner's.
+    ``interruptible``: SIGINT is the worker's own.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if redirected & (1 << number):
+            _open_stream(number, name)
+        else:
+            for stream in (getattr(sys, f"__{name}__", None), getattr(sys, name, None)):
+                _renew(stream)
     _renew_logging()
+    if interruptible and _anyfork.in_main():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     _reset_faulthandler()
     _name_main_thread()
     _forget_executors()
     _reset_multiprocessing()
+
+
+def _open_stream(number: int, name: str) -> None:
+    """A standard stream that is another file than the owner's: what the owner has put
+    in its place, a test's capture say, is not the worker's."""
+    old = getattr(sys, f"__{name}__", None)
+    _kept.append((old, getattr(sys, name, None)))
+    mode = "r" if number == 0 else "w"
+    stream = open(  # noqa: SIM115
+        number,
+        mode,
+        encoding=getattr(old, "encoding", None),
+        errors=getattr(old, "errors", None) or ("backslashreplace" if number == 2 else None),
+        closefd=False,
+    )
+    if number > 0 and isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(line_buffering=number == 2 or stream.isatty())
+    setattr(sys, f"__{name}__", stream)
+    setattr(sys, name, stream)
 
 
 _renewed: set[int] = set()
@@ -185,14 +244,25 @@ def _renew_logging() -> None:
     logging = sys.modules.get("logging")
     if logging is None:
         return
-    for ref in list(getattr(logging, "_handlerList", ())):
-        handler = ref() if isinstance(ref, weakref.ref) else ref
+    for handler in _handlers():
         # Not through a property: logging's last-resort handler has one.
         state = getattr(handler, "__dict__", {})
         _renew(state.get("stream"))
+        for name in ("sock", "socket"):  # of those that connect when they need to
+            if _is_tombstone(state.get(name)):
+                _kept.append(state[name])
+                state[name] = None
         if isinstance(state.get("buffer"), list):  # a BufferingHandler: not flushed twice
             state["buffer"] = []
     atexit.register(logging.shutdown)
+
+
+def _is_tombstone(file: object) -> bool:
+    """Whether a placeholder has the descriptor's number."""
+    try:
+        return bool(fcntl.fcntl(file.fileno(), fcntl.F_GETFL) & os.O_PATH)  # type: ignore[attr-defined]
+    except (AttributeError, OSError, ValueError):
+        return False
 
 
 def _reset_faulthandler() -> None:
@@ -231,6 +301,51 @@ def _reset_multiprocessing() -> None:
     util._finalizer_registry.clear()
     util._run_after_forkers()
     atexit.register(util._exit_function)
+    module = sys.modules.get("multiprocessing.resource_tracker")
+    tracker: Any = getattr(module, "_resource_tracker", None)
+    if tracker is not None:
+        # The owner's process, behind a pipe that is not ours: one of our own is started
+        # when it is needed. Its lock may have been a dead thread's.
+        tracker._fd = tracker._pid = None
+        if hasattr(tracker, "_lock"):
+            tracker._lock = threading.RLock()
+
+
+def set_environment(entries: list[bytes]) -> None:
+    """The whole environment of this start, ``NAME=value`` each."""
+    os.environb.clear()
+    for entry in entries:
+        name, _equals, value = entry.partition(b"=")
+        os.environb[name] = value
+
+
+_resets: list[Callable[[], object]] = []
+
+
+def register_child_reset(fn: Callable[[], object]) -> Callable[[], object]:
+    """Call ``fn()`` in every worker that is forked from this interpreter's memory, once
+    its streams, logging and imports are its own and before its target.
+
+    For state that a copy must not share: caches of connections, random generators. An
+    exception ends the worker, and is the cause of the SpawnError that its owner gets.
+    Not called in children of :func:`anyfork.fork`: those have :func:`os.register_at_fork`.
+
+    Returns: ``fn``, so that it serves as a decorator. Raises: TypeError.
+    """
+    if not callable(fn):
+        raise TypeError(f"a callable is wanted, not {type(fn).__name__}: {fn!r}")
+    _resets.append(fn)
+    return fn
+
+
+def reset_registered() -> None:
+    """Random generators of libraries that are loaded, and what was registered."""
+    for name, attribute in (("numpy.random", "seed"), ("torch.random", "seed")):
+        seed = getattr(sys.modules.get(name), attribute, None)
+        if callable(seed):
+            seed()
+    for fn in list(_resets):
+        fn()
 
 
 # ---- the target ---------------------------------------------------------------------
@@ -240,7 +355,7 @@ def load(data: bytes) -> tuple[Callable[..., object], tuple[object, ...]]:
     """Unpickle (fn, args), with the caller's module path behind this one's, and what was
     its ``__main__`` as ours: imported under the name ``__mp_main__``, so that what is
     guarded by ``if __name__ == "__main__"`` does not run."""
-    path, main, payload = pickle.loads(data)
+    path, _argv, main, payload = pickle.loads(data)
     sys.path.extend(entry for entry in path if entry not in sys.path)
     if main is not None:
         from multiprocessing import spawn

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import signal
 import warnings
 from types import TracebackType
-from typing import Any, Self
+from typing import IO, Any, Self
 
 from . import _anyfork, _boot
 from ._errors import SpawnError, WorkerDied, worker_name
@@ -25,8 +26,43 @@ class Child(_anyfork.Child):
     signalled, and goes on when its handle is closed. In a forked child of
     the owner the handle is foreign: it raises, and touches nothing.
 
+    ``stdin``, ``stdout`` and ``stderr`` are the owner's ends of those standard streams
+    that were asked to be :data:`subprocess.PIPE`: buffered binary files; else None.
+
     Safe from any thread of the interpreter that made it.
     """
+
+    @property
+    def stdin(self) -> IO[bytes] | None:
+        """Writes to the worker's standard input."""
+        return self._stream(0)
+
+    @property
+    def stdout(self) -> IO[bytes] | None:
+        """Reads the worker's standard output."""
+        return self._stream(1)
+
+    @property
+    def stderr(self) -> IO[bytes] | None:
+        """Reads the worker's standard error."""
+        return self._stream(2)
+
+    def _stream(self, number: int) -> IO[bytes] | None:
+        streams: dict[int, IO[bytes]] = self.__dict__.setdefault("_streams", {})
+        if number not in streams:
+            fd = self._take_stdio(number)
+            if fd < 0:
+                return None
+            streams[number] = open(fd, "wb" if number == 0 else "rb")  # noqa: SIM115
+        return streams[number]
+
+    def close(self) -> None:
+        """Kill the worker if it still runs and is not detached, reap it, and close all
+        that belongs to the handle."""
+        super().close()
+        for stream in self.__dict__.get("_streams", {}).values():
+            with contextlib.suppress(OSError):  # what was not written yet has no reader
+                stream.close()
 
     def wait(self, timeout: float | None = None) -> int:
         """Wait until the worker has ended; return its :attr:`returncode`.

@@ -26,6 +26,7 @@ from . import _anyfork, _console, _lab
 from ._child import Child
 from ._errors import SpawnError
 from ._methods import methods
+from ._options import Options
 from ._request import spawn
 
 _BUSY_THREADS = 4
@@ -203,6 +204,9 @@ class Workers:
 
     def __init__(self, method: str, shares: list[list[bytes]], progress_fd: int) -> None:
         self.method = method
+        self.has_process = any(
+            row["has_process"] for row in _anyfork.method_traits() if row["name"] == method
+        )
         self.shares = shares
         self.progress_fd = progress_fd
         self.children: list[Child] = []
@@ -214,7 +218,8 @@ class Workers:
     def start_one(self) -> Child:
         share = self.shares[len(self.children)]
         begin = time.perf_counter()
-        child = spawn(hash_share, share, self.progress_fd, method=self.method)
+        options: Options = {"pass_fds": [self.progress_fd]} if self.has_process else {}
+        child = spawn(hash_share, share, self.progress_fd, method=self.method, **options)
         self.start_seconds.append(time.perf_counter() - begin)
         self.children.append(child)
         return child

@@ -1,15 +1,17 @@
-"""(fn, args, method) checked and, where it changes interpreter, pickled."""
+"""(fn, args, method, options) checked and, where it changes interpreter, pickled."""
 
 from __future__ import annotations
 
 import os
 import pickle
+import signal
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, Unpack
 
-from . import _anyfork
+from . import _anyfork, _exec, _options
 from ._child import Child
+from ._options import Options, Path
 
 # The table is fixed when the library is built, and an interpreter stays what it is.
 _TRAITS = {row["name"]: row for row in _anyfork.method_traits()}
@@ -40,7 +42,7 @@ def _pickled(fn: Callable[..., object], args: tuple[object, ...], method: str) -
     if _TRAITS[method]["target"] == "fresh" and b"__main__" in payload:
         main = _main_program(method)
     path = [p for p in sys.path if isinstance(p, str)]
-    return pickle.dumps((path, main, payload), protocol=5)
+    return pickle.dumps((path, sys.argv, main, payload), protocol=5)
 
 
 def _main_program(method: str) -> tuple[str, str]:
@@ -59,37 +61,117 @@ def _main_program(method: str) -> tuple[str, str]:
     return "path", os.path.abspath(path)
 
 
-def spawn(fn: Callable[..., object], /, *args: object, method: str | None = None) -> Child:
-    """Start a worker that calls ``fn(*args)``; return its handle at once.
+def _check_options(method: str, options: Options) -> dict[str, Any] | None:
+    if not options:
+        return None
+    prepared = _options.prepare(method, options)
+    if not _TRAITS[method]["has_process"]:
+        raise ValueError(
+            f"{method}: {min(options)}: the worker is a thread of this process, and has no "
+            "such state of its own"
+        )
+    if "program" in prepared and method != "exec":
+        raise ValueError(f"{method}: executable: this method starts no program; use method='exec'")
+    return prepared
+
+
+def _exec_options(options: Options) -> dict[str, Any]:
+    prepared = _options.prepare("exec", options)
+    # As subprocess does: a program should not find ignored what Python ignores.
+    prepared.setdefault("default_signals", [signal.SIGPIPE, signal.SIGXFSZ])
+    return prepared
+
+
+def _exec_target(fn: Callable[..., object], args: tuple[object, ...], options: Options) -> Child:
+    prepared = _exec_options(options)
+    executable = os.fsdecode(prepared.get("program") or _exec.interpreter())
+    fd = _exec.target_file(_pickled(fn, args, "exec"))
+    try:
+        taken = [there for _here, there in prepared.get("fds", ())]
+        report_to = max([2, *taken]) + 1
+        prepared["fds"] = [*prepared.get("fds", ()), (fd, report_to + 1)]
+        prepared["argv"] = _exec.argv(executable, report_to, report_to + 1)
+        prepared["program"] = os.fsencode(executable)
+        _audit(prepared, options)
+        child = _anyfork.spawn(Child, "exec", None, (), prepared, report_to)
+    finally:
+        os.close(fd)
+    return child
+
+
+def _exec_program(argv: Iterable[Path], options: Options) -> Child:
+    prepared = _exec_options(options)
+    if isinstance(argv, str | bytes) or not isinstance(argv, Iterable):
+        raise TypeError(f"argv: a sequence of words is wanted, not {type(argv).__name__}")
+    prepared["argv"] = [_options.as_bytes("argv", word) for word in argv]
+    _audit(prepared, options)
+    return _anyfork.spawn(Child, "exec", None, (), prepared, -1)
+
+
+def _audit(prepared: dict[str, Any], options: Options) -> None:
+    argv = prepared["argv"]
+    program = prepared.get("program") or (argv[0] if argv else b"")
+    sys.audit("subprocess.Popen", program, argv, options.get("cwd"), options.get("env"))
+
+
+def spawn(
+    fn: Callable[..., object] | None = None,
+    /,
+    *args: object,
+    method: str | None = None,
+    argv: Iterable[Path] | None = None,
+    **options: Unpack[Options],
+) -> Child:
+    """Start a worker that calls ``fn(*args)``, or runs a program; return its handle.
 
     Args:
       fn: any callable for methods that run in the caller's memory; picklable
         where the target changes interpreter, as :func:`anyfork.methods` says.
       args: its arguments.
-      method: a name of :func:`anyfork.methods`; required.
+      method: a name of :func:`anyfork.methods`; required for a callable.
+      argv: instead of ``fn``, the words of a command. Method ``exec``.
+      options: the state of the worker: see :class:`anyfork.Options`.
 
-    Returns: a :class:`Child`, before the worker is ready.
+    Returns: a :class:`Child`, before the worker is ready; by ``exec`` as soon as the
+    program runs.
 
     Raises, with nothing started: TypeError or ValueError for bad input,
     MethodUnavailable where the method cannot work here, SpawnError if the system
     refuses, PythonFinalizationError while the interpreter shuts down.
 
-    The worker has default signal dispositions, an empty signal mask, standard
-    streams and logging handlers of its own, and ends by ``os._exit()``. It ends
-    with its owner, whatever it is doing then. Safe from any thread and any
-    interpreter, also inside ``trio.run`` or an asyncio loop.
+    A worker has default signal dispositions, ignores SIGINT, has an empty signal mask,
+    standard streams and logging handlers of its own, and of the owner's descriptors
+    only those that it was given. A forked one ends by ``os._exit()``. It ends with its
+    owner, whatever it is doing then. Safe from any thread and any interpreter, also
+    inside ``trio.run`` or an asyncio loop.
     """
+    if argv is not None:
+        if fn is not None:
+            raise TypeError("argv: a worker has a target or a program, not both")
+        if method not in (None, "exec"):
+            raise ValueError(f"{method}: argv: only method 'exec' starts programs")
+        return _exec_program(argv, options)
     name = _check(fn, method)
+    assert fn is not None
+    if name == "exec":
+        return _exec_target(fn, args, options)
+    prepared = _check_options(name, options)
     if _TRAITS[name]["pickles"]:
-        return _anyfork.spawn(Child, name, _pickled(fn, args, name), ())
-    return _anyfork.spawn(Child, name, fn, args)
+        return _anyfork.spawn(Child, name, _pickled(fn, args, name), (), prepared, -1)
+    return _anyfork.spawn(Child, name, fn, args, prepared, -1)
 
 
-def run(fn: Callable[..., Any], /, *args: object, method: str | None = None) -> Any:
+def run(
+    fn: Callable[..., Any],
+    /,
+    *args: object,
+    method: str | None = None,
+    **options: Unpack[Options],
+) -> Any:
     """Call ``fn(*args)`` in a worker and return its result.
 
     Blocks until the worker has ended. Arguments and errors as :func:`spawn`;
     raises also what the target raised, and :class:`WorkerDied`.
     """
-    with spawn(fn, *args, method=method) as child:
+    with spawn(fn, *args, method=method, **options) as child:
         return child.result()

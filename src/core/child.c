@@ -17,28 +17,41 @@
 
 #pragma GCC poison malloc calloc realloc free printf exit abort
 
-/* Whether the owner's byte has been read. */
-static bool owner_holds_us;
-
 /* One byte: the owner holds a pidfd of us. Until then we must not end, for who
  * reaps us would free our number. End of file: the owner is gone. */
 static void
-await_owner(int fd)
+await_owner(struct afk_plan *plan)
 {
     char go;
     ssize_t n;
 
     do
-        n = read(fd, &go, 1);
+        n = read(plan->status_fd, &go, 1);
     while (n < 0 && errno == EINTR);
     if (n != 1)
         _exit(AFK_EXIT_ORPHANED);
-    owner_holds_us = true;
+    plan->owner_holds_us = true;
+}
+
+/* The owner's thread is stopped until we end, and then reads it. */
+static _Noreturn void
+tell_in_memory(struct anyfork_error *failure, int stage, int errnum, const char *detail)
+{
+    failure->code = ANYFORK_ESYSTEM;
+    failure->stage = stage;
+    failure->sys_errno = errnum;
+    unsigned i = 0;
+    for (; i + 1 < sizeof failure->detail && detail[i] != '\0'; i++)
+        failure->detail[i] = detail[i];
+    failure->detail[i] = '\0';
+    _exit(AFK_EXIT_SETUP);
 }
 
 _Noreturn void
 afk_child_give_up(const struct afk_plan *plan, int stage, int errnum, const char *detail)
 {
+    if (plan->failure != NULL)
+        tell_in_memory(plan->failure, stage, errnum, detail);
     struct afk_report report = {.magic = AFK_REPORT_MAGIC,
                                 .kind = AFK_REPORT_ERROR,
                                 .stage = (uint16_t)stage,
@@ -47,8 +60,8 @@ afk_child_give_up(const struct afk_plan *plan, int stage, int errnum, const char
         report.detail[i] = detail[i];
     if (plan->status_fd >= 0) {
         (void)!write(plan->status_fd, &report, sizeof report);
-        if (!owner_holds_us)
-            await_owner(plan->status_fd);
+        if (!plan->owner_holds_us)
+            await_owner((struct afk_plan *)(uintptr_t)plan);
     }
     _exit(AFK_EXIT_SETUP);
 }
@@ -98,8 +111,10 @@ arm_lifeline(const struct afk_plan *plan)
     /* Nothing is ever written to this pipe: that would be an event too, and
      * pipe_write() of the kernel sends it after it has woken the reader. */
     int flags = fcntl(plan->life_fd, F_GETFL);
-    if (fcntl(plan->life_fd, F_SETOWN, getpid()) < 0 ||
-        fcntl(plan->life_fd, F_SETSIG, SIGKILL) < 0 || flags < 0 ||
+    int sig = plan->setup != NULL ? plan->setup->lifeline_signal : SIGKILL;
+    bool group = plan->setup != NULL && plan->setup->lifeline_group;
+    if (fcntl(plan->life_fd, F_SETOWN, group ? -getpid() : getpid()) < 0 ||
+        fcntl(plan->life_fd, F_SETSIG, sig) < 0 || flags < 0 ||
         fcntl(plan->life_fd, F_SETFL, flags | O_ASYNC) < 0)
         afk_child_give_up(plan, ANYFORK_STAGE_LIFELINE, errno, "fcntl");
     /* A hang-up that came before O_ASYNC sends no signal. */
@@ -127,7 +142,6 @@ take_terminal(const struct afk_plan *plan)
 void
 afk_child_repair(struct afk_plan *plan)
 {
-    owner_holds_us = false; /* the parent may be a worker itself */
     for (unsigned i = 0; i < plan->n_stores; i++)
         *plan->store[i].addr = plan->store[i].value;
     /* Before any signal can arrive: CPython's handler would write the number
@@ -138,15 +152,21 @@ afk_child_repair(struct afk_plan *plan)
         afk_child_default_dispositions(&plan->was_reset);
     else if (plan->dispositions == AFK_DISPOSITIONS_RESET_LISTED)
         reset_listed(plan);
+    if (plan->setup != NULL)
+        afk_child_join_session(plan); /* first: a whole group may hang on the lifeline */
     if (plan->life_fd >= 0)
         arm_lifeline(plan);
-    if (plan->status_fd >= 0)
-        await_owner(plan->status_fd);
+    if (plan->status_fd >= 0 && plan->failure == NULL)
+        await_owner(plan);
     if (plan->tty_fd >= 0)
         take_terminal(plan);
+    if (plan->setup != NULL) {
+        afk_child_place_fds(plan);
+        afk_child_set_signals(plan);
+    }
     /* Last here, and not after Python's hooks: processes and threads that those
      * start would inherit a full mask, and could never be terminated. */
-    if (sigprocmask(SIG_SETMASK, plan->keep_mask ? &plan->caller_mask : &plan->child_mask,
-                    NULL) < 0)
+    const sigset_t *mask = plan->setup != NULL ? &plan->setup->mask : &plan->child_mask;
+    if (sigprocmask(SIG_SETMASK, plan->keep_mask ? &plan->caller_mask : mask, NULL) < 0)
         afk_child_give_up(plan, ANYFORK_STAGE_CHILD, errno, "sigprocmask");
 }

@@ -120,6 +120,8 @@ int afk_lifeline_register(int fd, bool is_write_end);
 /* No other thread forks between these two. Few system calls, and nothing that forks. */
 void afk_lifeline_begin(void);
 void afk_lifeline_end(void);
+/* It is somebody else's from here on. */
+void afk_lifeline_forget(int fd);
 /* Forgets and closes fd, in the order that no fork can race. */
 void afk_lifeline_close(int *fd);
 /* Runs `hook` in every forked child, async-signal-safe. */
@@ -161,6 +163,7 @@ struct afk_setup {
     const char *const *env;
     /* exec only */
     const char *const *argv;
+    const char *program;
     char **argv_named;   /* argv with `name` first */
     char **candidates;   /* paths to try in turn, ends with NULL */
     /* the parent's */
@@ -207,6 +210,8 @@ struct afk_plan {
     int tty_fd;       /* slave of the new controlling terminal, or -1 */
     int tty_master_fd;
     const struct afk_setup *setup; /* of a worker; NULL for fork() */
+    const int *keep;      /* beside the setup's: these stay open under their numbers */
+    unsigned n_keep;
     struct anyfork_error *failure; /* where a child that shares our memory says why it ended */
     bool owner_holds_us;  /* in the child: the owner has a pidfd of us */
     sigset_t caller_mask; /* filled by afk_fork() */
@@ -296,6 +301,12 @@ struct afk_child_view {
     struct afk_report error; /* kind 0 if there was none */
 };
 void afk_child_view(struct anyfork_child *child, struct afk_child_view *ret_view);
+
+/* ---- exec.c ---------------------------------------------------------------- */
+/* Starts the prepared program; afk_child_set_stdio() is left to the caller. Blocks until
+ * it runs. */
+int afk_exec_start(struct afk_setup *setup, struct anyfork_child **ret_child,
+                   struct anyfork_error *reterr);
 
 /* ---- errors --------------------------------------------------------------- */
 /* Fills *reterr if it is not NULL; returns `code`. */

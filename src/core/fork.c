@@ -1,14 +1,24 @@
 /*
- * The only fork(2) in the tree. Rule: every signal is blocked from before the
- * fork until the child has carried out its plan, so that no handler of the
- * parent ever runs in a child that is not repaired.
+ * The only fork(2) and the only clone(2) in the tree. Rule: every signal is blocked
+ * from before the fork until the child has carried out its plan, so that no handler of
+ * the parent ever runs in a child that is not repaired.
  */
 #include "core.h"
 
+#include "anyfork/anyfork.h"
+
 #include <errno.h>
 #include <pthread.h>
+#include <sched.h>
 #include <string.h>
+#include <sys/syscall.h>
 #include <unistd.h>
+
+#ifndef CLONE_PIDFD
+#define CLONE_PIDFD 0x1000
+#endif
+#define CLONE_INTO_CGROUP_FLAG 0x200000000ull
+#define CHILD_STACK (256 * 1024) /* of which the child touches some pages only */
 
 void
 afk_plan_init(struct afk_plan *plan)
@@ -21,6 +31,11 @@ afk_plan_init(struct afk_plan *plan)
     (void)sigemptyset(&plan->was_reset);
     plan->keep_mask = true;
     plan->life_fd = plan->status_fd = plan->tty_fd = plan->tty_master_fd = -1;
+    plan->setup = NULL;
+    plan->keep = NULL;
+    plan->n_keep = 0;
+    plan->failure = NULL;
+    plan->owner_holds_us = false;
 }
 
 int
@@ -46,5 +61,94 @@ afk_fork(struct afk_plan *plan)
         return 0;
     }
     (void)pthread_sigmask(SIG_SETMASK, &plan->caller_mask, NULL);
+    return pid;
+}
+
+/* ---- fork and exec in one ------------------------------------------------------ */
+
+static int
+child_main(void *arg)
+{
+    struct afk_plan *plan = arg;
+    afk_child_repair(plan);
+    afk_child_apply(plan);
+    afk_child_exec(plan);
+}
+
+#ifdef __x86_64__
+/* linux/sched.h; older headers lack the last member. */
+struct clone_arguments {
+    uint64_t flags, pidfd, child_tid, parent_tid, exit_signal, stack, stack_size, tls, set_tid,
+        set_tid_size, cgroup;
+};
+
+/* clone3(2), for which libcs have no wrapper: the child calls child_main(). Born into
+ * its cgroup, it is never charged to its owner's, nor has it to be moved. */
+static pid_t
+clone_into_cgroup(struct afk_plan *plan, void *stack, int *ret_pidfd)
+{
+    struct clone_arguments args = {
+        .flags = CLONE_VM | CLONE_VFORK | CLONE_PIDFD | CLONE_INTO_CGROUP_FLAG,
+        .pidfd = (uintptr_t)ret_pidfd,
+        .exit_signal = SIGCHLD,
+        .stack = (uintptr_t)stack,
+        .stack_size = CHILD_STACK,
+        .cgroup = (uint64_t)plan->setup->cgroup_dir,
+    };
+    long r;
+    __asm__ volatile("syscall\n\t"
+                     "test %%rax, %%rax\n\t"
+                     "jnz 1f\n\t"
+                     "xor %%ebp, %%ebp\n\t" /* no caller: where backtraces end */
+                     "mov %[arg], %%rdi\n\t"
+                     "call *%[function]\n\t"
+                     "hlt\n"
+                     "1:"
+                     : "=a"(r)
+                     : "0"((long)SYS_clone3), "D"(&args), "S"(sizeof args), [function] "r"(child_main),
+                       [arg] "r"(plan)
+                     : "rcx", "r11", "memory", "cc");
+    return (pid_t)r;
+}
+#else
+static pid_t
+clone_into_cgroup(struct afk_plan *plan, void *stack, int *ret_pidfd)
+{
+    (void)plan, (void)stack, (void)ret_pidfd;
+    return -ENOSYS; /* it is moved, then, by itself */
+}
+#endif
+
+static pid_t
+clone_vm(struct afk_plan *plan, void *stack, int *ret_pidfd)
+{
+    struct afk_setup *setup = (struct afk_setup *)(uintptr_t)plan->setup;
+    if (setup->cgroup_dir >= 0) {
+        int procs = setup->cgroup_procs;
+        setup->cgroup_procs = -1; /* nothing left to do for the child */
+        pid_t pid = AFK_SYS("clone3", clone_into_cgroup(plan, stack, ret_pidfd));
+        setup->cgroup_procs = procs;
+        if (pid != -ENOSYS && pid != -EINVAL && pid != -EPERM)
+            return pid;
+    }
+    int flags = CLONE_VM | CLONE_VFORK | CLONE_PIDFD | SIGCHLD;
+    pid_t pid = clone(child_main, (char *)stack + CHILD_STACK, flags, plan, ret_pidfd);
+    return pid < 0 ? -errno : pid;
+}
+
+pid_t
+afk_fork_exec(struct afk_plan *plan, int *ret_pidfd)
+{
+    sigset_t all;
+    void *stack;
+    int r = afk_os_map_stack(CHILD_STACK, &stack);
+    if (r < 0)
+        return r;
+    (void)sigfillset(&all);
+    (void)pthread_sigmask(SIG_SETMASK, &all, &plan->caller_mask);
+    *ret_pidfd = -1;
+    pid_t pid = AFK_SYS("clone", clone_vm(plan, stack, ret_pidfd));
+    (void)pthread_sigmask(SIG_SETMASK, &plan->caller_mask, NULL);
+    afk_os_unmap_stack(stack, CHILD_STACK);
     return pid;
 }

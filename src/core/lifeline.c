@@ -152,23 +152,25 @@ afk_lifeline_register(int fd, bool is_write_end)
 }
 
 void
+afk_lifeline_forget(int fd)
+{
+    for (struct chunk *c = &first; c != NULL; c = atomic_load(&c->next)) {
+        for (unsigned i = 0; i < SLOTS; i++) {
+            int mine = atomic_load(&c->slot[i]);
+            if (mine != 0 && FD(mine) == fd && atomic_compare_exchange_strong(&c->slot[i], &mine, 0))
+                return;
+        }
+    }
+}
+
+void
 afk_lifeline_close(int *fd)
 {
     if (*fd < 0)
         return;
-    for (struct chunk *c = &first; c != NULL; c = atomic_load(&c->next)) {
-        for (unsigned i = 0; i < SLOTS; i++) {
-            int mine = atomic_load(&c->slot[i]);
-            /* Out of the table first: the other order would let a fork in
-             * between close an innocent fd that got the same number. */
-            if (mine != 0 && FD(mine) == *fd &&
-                atomic_compare_exchange_strong(&c->slot[i], &mine, 0)) {
-                (void)close(*fd);
-                *fd = -1;
-                return;
-            }
-        }
-    }
+    /* Out of the table first: the other order would let a fork in between close an
+     * innocent fd that got the same number. */
+    afk_lifeline_forget(*fd);
     (void)close(*fd);
     *fd = -1;
 }

@@ -12,9 +12,11 @@
 #include <pty.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
+#include <sys/vfs.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -142,6 +144,50 @@ afk_os_openpty(int *ret_master, int *ret_slave)
     (void)fcntl(*ret_master, F_SETFD, FD_CLOEXEC);
     (void)fcntl(*ret_slave, F_SETFD, FD_CLOEXEC);
     return 0;
+}
+
+int
+afk_os_open(int dir, const char *path, int flags, unsigned mode)
+{
+    return AFK_SYS("openat", result(openat(dir, path, flags | O_CLOEXEC, mode)));
+}
+
+bool
+afk_os_fd_is_open(int fd)
+{
+    return fcntl(fd, F_GETFD) >= 0;
+}
+
+bool
+afk_os_is_cgroup2(int fd)
+{
+    struct statfs fs;
+    return fstatfs(fd, &fs) == 0 && (unsigned long)fs.f_type == 0x63677270ul; /* linux/magic.h */
+}
+
+int
+afk_os_stop_async(int fd)
+{
+    int flags = fcntl(fd, F_GETFL);
+    if (flags < 0)
+        return -errno;
+    return AFK_SYS("fcntl(F_SETFL)", result(fcntl(fd, F_SETFL, flags & ~O_ASYNC)));
+}
+
+int
+afk_os_map_stack(size_t size, void **ret_base)
+{
+    int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_STACK;
+    return AFK_SYS("mmap", (*ret_base = mmap(NULL, size, PROT_READ | PROT_WRITE, flags, -1, 0)) ==
+                                   MAP_FAILED
+                               ? -errno
+                               : 0);
+}
+
+void
+afk_os_unmap_stack(void *base, size_t size)
+{
+    (void)munmap(base, size);
 }
 
 ssize_t

@@ -36,6 +36,9 @@ struct anyfork_child {
     int status_fd;   /* our end of the socket, non-blocking; -1 after end-of-file */
     int life_write;  /* closes with the owner: that is the lifeline */
     int life_read;   /* keeps the worker's read end alive though it closes its own */
+    int stdio[3];    /* our ends of its standard streams, until they are taken */
+    bool detached;   /* lives on without us */
+    struct anyfork_child *next; /* in the list of those whose handle is closed */
     bool ready;
     bool ended;
     bool reaped;     /* or nothing left to reap */
@@ -59,6 +62,8 @@ close_fds(struct anyfork_child *child)
     afk_lifeline_close(&child->status_fd);
     afk_lifeline_close(&child->life_write);
     afk_lifeline_close(&child->life_read);
+    for (int i = 0; i < 3; i++)
+        afk_lifeline_close(&child->stdio[i]);
     afk_lifeline_close(&child->pidfd);
 }
 
@@ -81,6 +86,55 @@ afk_child_unref(struct anyfork_child *child)
     free(child->payload);
     free(child);
 }
+
+/* ---- workers that were let go ------------------------------------------------- */
+
+/* Their handles are closed, and they are reaped once they end: when another worker is
+ * started. try_lock, for a dead thread may hold it in a forked child. */
+static struct anyfork_child *let_go;
+static pthread_mutex_t let_go_lock = PTHREAD_MUTEX_INITIALIZER;
+
+static void
+keep_to_reap(struct anyfork_child *child)
+{
+    (void)pthread_mutex_lock(&let_go_lock);
+    child->next = let_go;
+    let_go = child;
+    (void)pthread_mutex_unlock(&let_go_lock);
+}
+
+static void
+reap_detached(void)
+{
+    if (let_go == NULL || pthread_mutex_trylock(&let_go_lock) != 0)
+        return;
+    for (struct anyfork_child **link = &let_go; *link != NULL;) {
+        struct anyfork_child *child = *link;
+        if (afk_child_poll(child) == 0) {
+            link = &child->next;
+            continue;
+        }
+        *link = child->next;
+        afk_child_unref(child);
+    }
+    (void)pthread_mutex_unlock(&let_go_lock);
+}
+
+/* Async-signal-safe. They are the parent's to reap. */
+static void
+in_forked_child(void)
+{
+    let_go = NULL;
+    let_go_lock = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
+}
+
+__attribute__((constructor)) static void
+loaded(void)
+{
+    afk_at_fork_child(in_forked_child);
+}
+
+/* ---- making one ----------------------------------------------------------------- */
 
 /* On failure what is left in `life` is the caller's to close. */
 static int
@@ -121,6 +175,7 @@ allocate(void)
     (void)pthread_mutex_init(&child->lock, NULL);
     child->generation = afk_generation();
     child->pidfd = child->status_fd = child->life_write = child->life_read = -1;
+    child->stdio[0] = child->stdio[1] = child->stdio[2] = -1;
     return child;
 }
 
@@ -164,29 +219,47 @@ afk_child_new_in_process(struct anyfork_child **ret_child, int *ret_fd,
     return 0;
 }
 
+/* *fd becomes a number that the worker does not need for something else. */
+static int
+raise_above(int *fd, int lowest)
+{
+    if (*fd >= lowest)
+        return 0;
+    int r = afk_os_dup_above(*fd, lowest);
+    if (r < 0)
+        return r;
+    afk_os_close(*fd);
+    *fd = r;
+    return 0;
+}
+
 int
 afk_child_new(struct anyfork_child **ret_child, struct afk_plan *plan,
-              struct anyfork_error *reterr)
+              const struct afk_child_wants *wants, struct anyfork_error *reterr)
 {
     int status_fd = -1, life[2] = {-1, -1};
     const char *what = "report socket";
+    reap_detached();
     struct anyfork_child *child = allocate();
     if (child == NULL)
         return AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_MEMORY, ENOMEM, "worker handle");
     int r = make_report_socket(child, &status_fd);
+    if (r == 0)
+        r = raise_above(&status_fd, wants->lowest);
     if (r < 0)
         goto fail;
-    what = "lifeline pipe";
-    afk_lifeline_begin();
-    r = make_lifeline(child, life);
-    afk_lifeline_end();
-    if (r < 0)
-        goto fail;
-    r = afk_os_dup_above(child->life_read, 0);
-    if (r < 0)
-        goto fail;
-    life[0] = r;
-
+    if (wants->lifeline) {
+        what = "lifeline pipe";
+        afk_lifeline_begin();
+        r = make_lifeline(child, life);
+        afk_lifeline_end();
+        if (r < 0)
+            goto fail;
+        r = afk_os_dup_above(child->life_read, wants->lowest);
+        if (r < 0)
+            goto fail;
+        life[0] = r;
+    }
     plan->status_fd = status_fd;
     plan->life_fd = life[0];
     *ret_child = child;
@@ -239,6 +312,35 @@ fail:
         ;
     child->ended = child->reaped = true;
     return AFK_FAIL(reterr, ANYFORK_ESYSTEM, stage, -r, NULL);
+}
+
+int
+afk_child_adopt_executed(struct anyfork_child *child, pid_t pid, int pidfd, bool ready,
+                         struct afk_plan *plan, struct anyfork_error *reterr)
+{
+    close_worker_ends(plan);
+    child->pid = pid;
+    child->pidfd = pidfd;
+    child->ready = ready;
+    int r = afk_lifeline_register(pidfd, false);
+    if (r == 0)
+        return 0;
+    (void)afk_os_pidfd_signal(pidfd, SIGKILL);
+    (void)afk_os_pidfd_reap(pidfd, true, &(int){0});
+    child->ended = child->reaped = true;
+    return AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_MEMORY, -r, "worker handle");
+}
+
+void
+afk_child_set_stdio(struct anyfork_child *child, struct afk_setup *setup)
+{
+    for (int i = 0; i < 3; i++) {
+        child->stdio[i] = setup->owner_end[i];
+        setup->owner_end[i] = -1;
+        /* Out of memory: forked children keep a copy, as of any other file. */
+        if (child->stdio[i] >= 0)
+            (void)afk_lifeline_register(child->stdio[i], false);
+    }
 }
 
 /* ---- reading reports ------------------------------------------------------ */
@@ -515,13 +617,69 @@ anyfork_child_signal(struct anyfork_child *child, int sig)
     return 0;
 }
 
+int
+anyfork_child_take_stdio(struct anyfork_child *child, int which)
+{
+    if (which < 0 || which > 2 || child->generation != afk_generation())
+        return -1;
+    (void)pthread_mutex_lock(&child->lock);
+    int fd = child->stdio[which];
+    child->stdio[which] = -1;
+    if (fd >= 0)
+        afk_lifeline_forget(fd);
+    (void)pthread_mutex_unlock(&child->lock);
+    return fd;
+}
+
+int
+anyfork_child_detach(struct anyfork_child *child)
+{
+    if (child->generation != afk_generation())
+        return ANYFORK_EFOREIGN;
+    if (child->in_process)
+        return ANYFORK_EUNAVAILABLE;
+    (void)pthread_mutex_lock(&child->lock);
+    int r = 0;
+    if (!child->ended && !child->detached && child->life_read >= 0) {
+        /* The same open file as the worker's end: nobody is told any more. */
+        r = afk_os_stop_async(child->life_read);
+        if (r == 0) {
+            afk_lifeline_close(&child->life_write);
+            afk_lifeline_close(&child->life_read);
+        }
+    }
+    if (r == 0)
+        child->detached = true;
+    (void)pthread_mutex_unlock(&child->lock);
+    if (r < 0) {
+        errno = -r;
+        return ANYFORK_ESYSTEM;
+    }
+    return 0;
+}
+
+/* Only its end is waited for. */
+static void
+let_it_go(struct anyfork_child *child)
+{
+    (void)pthread_mutex_lock(&child->lock);
+    afk_lifeline_close(&child->status_fd);
+    for (int i = 0; i < 3; i++)
+        afk_lifeline_close(&child->stdio[i]);
+    (void)pthread_mutex_unlock(&child->lock);
+    afk_child_ref(child);
+    keep_to_reap(child);
+}
+
 void
 anyfork_child_close(struct anyfork_child *child)
 {
     if (child == NULL)
         return;
     if (child->generation == afk_generation()) {
-        if (!child->ended && child->pid > 0 && child->pidfd >= 0) {
+        if (child->detached && !child->ended && afk_child_poll(child) == 0)
+            let_it_go(child);
+        else if (!child->ended && child->pid > 0 && child->pidfd >= 0) {
             (void)afk_os_pidfd_signal(child->pidfd, SIGKILL);
             /* The lifeline kills too, should the signal have been refused. */
             (void)pthread_mutex_lock(&child->lock);

@@ -61,9 +61,10 @@ afk_boot_prepare(struct anyfork_error *reterr)
     return boot;
 }
 
-/* The Python exception that is set becomes an ERROR record with its traceback. */
+/* The Python exception that is set becomes a record, ERROR or RAISED, with its
+ * traceback; `code`, the exit code, is returned. */
 static int
-report_failure(PyObject *boot, const struct afk_reporter *reporter, int stage)
+report_exception(PyObject *boot, const struct afk_reporter *reporter, int kind, int stage, int code)
 {
     PyObject *exc = PyErr_GetRaisedException();
     PyObject *text = exc ? PyObject_CallMethod(boot, "describe", "O", exc) : NULL;
@@ -71,10 +72,16 @@ report_failure(PyObject *boot, const struct afk_reporter *reporter, int stage)
     Py_ssize_t size = 0;
     if (text == NULL || PyBytes_AsStringAndSize(text, &data, &size) < 0)
         PyErr_Clear();
-    afk_reporter_send(reporter, AFK_REPORT_ERROR, stage, AFK_EXIT_PRELUDE, data, (size_t)size);
+    afk_reporter_send(reporter, kind, stage, code, data, (size_t)size);
     Py_XDECREF(text);
     Py_XDECREF(exc);
-    return AFK_EXIT_PRELUDE;
+    return code;
+}
+
+static int
+report_failure(PyObject *boot, const struct afk_reporter *reporter, int stage)
+{
+    return report_exception(boot, reporter, AFK_REPORT_ERROR, stage, AFK_EXIT_PRELUDE);
 }
 
 static _Noreturn void
@@ -93,6 +100,29 @@ call_prelude(PyObject *boot, const struct afk_reporter *reporter, PyObject *resu
     Py_DECREF(result);
 }
 
+/* Which standard streams are not the owner's: bits 0 to 2. */
+static int
+redirected(const struct afk_setup *setup)
+{
+    int bits = 0;
+    for (unsigned i = 0; i < setup->n_moves && setup->move[i].to <= 2; i++)
+        bits |= 1 << setup->move[i].to;
+    return bits;
+}
+
+static PyObject *
+environment(const char *const *env)
+{
+    PyObject *list = PyList_New(0);
+    for (unsigned i = 0; list != NULL && env[i] != NULL; i++) {
+        PyObject *entry = PyBytes_FromString(env[i]);
+        if (entry == NULL || PyList_Append(list, entry) < 0)
+            Py_CLEAR(list);
+        Py_XDECREF(entry);
+    }
+    return list;
+}
+
 /* What the caller left in this interpreter, and the hooks that were parked. */
 static void
 settle(PyObject *boot, const struct afk_job *job, struct afk_forking *f,
@@ -103,7 +133,7 @@ settle(PyObject *boot, const struct afk_job *job, struct afk_forking *f,
         (void)PyThreadState_Swap(f->tm);
         if (f->parked)
             afk_run_child_hooks(f->main_hooks);
-        afk_default_python_handlers(&f->plan.was_reset);
+        afk_settle_python_handlers(&f->plan);
         (void)PyThreadState_Swap(f->ts);
         afk_clear_atexit(); /* before the hooks: they may register their own */
         if (f->parked)
@@ -113,11 +143,19 @@ settle(PyObject *boot, const struct afk_job *job, struct afk_forking *f,
         afk_clear_atexit();
         if (f->parked)
             afk_run_child_hooks(f->main_hooks);
-        afk_default_python_handlers(&f->plan.was_reset);
+        afk_settle_python_handlers(&f->plan);
     }
     if (f->ts->interp != f->main)
         afk_forbid_os_fork();
-    call_prelude(boot, reporter, PyObject_CallMethod(boot, "prelude", NULL));
+    const struct afk_setup *setup = f->plan.setup;
+    call_prelude(boot, reporter, PyObject_CallMethod(boot, "prelude", "iN", redirected(setup),
+                                                     PyBool_FromLong(setup->sigint !=
+                                                                     ANYFORK_SIGINT_OWNER)));
+    afk_child_apply(&f->plan); /* or it ends here, with a record */
+    if (setup->env != NULL)
+        call_prelude(boot, reporter, PyObject_CallMethod(boot, "set_environment", "N",
+                                                         environment(setup->env)));
+    call_prelude(boot, reporter, PyObject_CallMethod(boot, "reset_registered", NULL));
 }
 
 int
@@ -149,7 +187,8 @@ afk_boot_run_target(PyObject *boot, const struct afk_job *job, const struct afk_
     PyObject *done = PyObject_CallMethod(boot, "run", "(N)", call);
     if (done == NULL || !PyArg_ParseTuple(done, "iiy*", &kind, &code, &payload)) {
         Py_XDECREF(done);
-        return report_failure(boot, reporter, ANYFORK_STAGE_PRELUDE);
+        /* A SIGINT just before the target, say. */
+        return report_exception(boot, reporter, AFK_REPORT_RAISED, 0, 1);
     }
     if (kind != 0) {
         Py_BEGIN_ALLOW_THREADS /* large results: other threads go on */
@@ -168,6 +207,29 @@ afk_boot_finish(PyObject *boot)
     if (r == NULL)
         PyErr_WriteUnraisable(boot);
     Py_XDECREF(r);
+}
+
+_Noreturn void
+afk_boot_run_executed(int fd, const char *pickle, size_t size)
+{
+    const struct afk_job job = {.kind = AFK_JOB_PICKLE, .pickle = pickle, .pickle_size = size};
+    struct afk_reporter reporter;
+    struct anyfork_error error;
+    int code = AFK_EXIT_PRELUDE;
+    if (afk_reporter_init(&reporter, fd) < 0)
+        _exit(code);
+    (void)afk_lifeline_register(fd, false); /* not for the worker's own forked children */
+    PyObject *boot = afk_boot_prepare(&error);
+    if (boot != NULL) {
+        code = afk_boot_run_target(boot, &job, &reporter);
+        afk_boot_finish(boot);
+        (void)fflush(NULL);
+    }
+    else {
+        afk_reporter_fail(&reporter, &error);
+    }
+    afk_reporter_send(&reporter, AFK_REPORT_EXIT, 0, code, NULL, 0);
+    _exit(code & 0xff);
 }
 
 _Noreturn void

@@ -66,7 +66,7 @@ settle_twin(struct afk_forking *f)
     afk_clear_atexit(); /* before the hooks: they may register their own */
     if (f->parked)
         afk_run_child_hooks(f->main_hooks);
-    afk_default_python_handlers(&f->plan.was_reset);
+    afk_settle_python_handlers(&f->plan);
     (void)PyThreadState_Swap(f->ts);
     afk_clear_atexit();
     if (f->parked)

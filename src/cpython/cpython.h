@@ -173,12 +173,18 @@ void afk_run_child_hooks(PyObject *hooks);
 /* Clears inherited atexit callbacks of the current interpreter. */
 void afk_clear_atexit(void);
 int afk_python_handlers(sigset_t *ret);  /* needs main's thread state */
-void afk_default_python_handlers(const sigset_t *reset); /* in the child, needs main's */
+/* In the child, what Python knows of its signals; needs main's. */
+void afk_settle_python_handlers(const struct afk_plan *plan);
 
 /* ---- boot.c ------------------------------------------------------------------ */
-enum afk_job_kind { AFK_JOB_C, AFK_JOB_CALLABLE, AFK_JOB_PICKLE };
+enum afk_job_kind { AFK_JOB_C, AFK_JOB_CALLABLE, AFK_JOB_PICKLE, AFK_JOB_PROGRAM };
 struct afk_job {
     enum afk_job_kind kind;
+    const struct anyfork_options *options; /* NULL: the defaults */
+    int report_to;        /* PROGRAM: what its end of the report socket is, or -1 */
+    struct afk_setup *setup; /* of a process: filled by afk_start() */
+    int lowest;           /* setup->lowest: that may be gone while a launch pad looks */
+    bool lifeline;        /* setup->lifeline_signal != 0 */
     anyfork_main entry;
     void *arg;
     PyObject *callable, *args;  /* borrowed: the caller keeps them */
@@ -196,6 +202,9 @@ _Noreturn void afk_boot_run(PyObject *boot, const struct afk_job *job,
  * code is returned. */
 int afk_boot_run_target(PyObject *boot, const struct afk_job *job,
                         const struct afk_reporter *reporter);
+/* The main program of an executed worker: never returns. `fd`: its end of the report
+ * socket. */
+_Noreturn void afk_boot_run_executed(int fd, const char *pickle, size_t size);
 /* The end of Python in the current interpreter: threads, atexit, buffers. */
 void afk_boot_finish(PyObject *boot);
 /* Where package `anyfork` lies, for interpreters that do not have it on their
@@ -262,6 +271,8 @@ int afk_start_fork(const struct afk_method *method, const struct afk_job *job,
                    struct anyfork_child **ret_child, struct anyfork_error *reterr);
 int afk_start_subint(const struct afk_method *method, const struct afk_job *job,
                      struct anyfork_child **ret_child, struct anyfork_error *reterr);
+int afk_start_exec(const struct afk_method *method, const struct afk_job *job,
+                   struct anyfork_child **ret_child, struct anyfork_error *reterr);
 
 /* ---- call.c: fork() and forkpty(), which return twice -------------------------- */
 /* os.fork and os.forkpty of this interpreter, replaced by functions that name

@@ -300,20 +300,24 @@ afk_python_handlers(sigset_t *ret)
     return n;
 }
 
-/* Python's table of handlers, made to agree with the dispositions of `reset`. */
+/* Python's table of handlers, made to agree with the dispositions that the plan set. */
 void
-afk_default_python_handlers(const sigset_t *reset)
+afk_settle_python_handlers(const struct afk_plan *plan)
 {
+    const struct afk_setup *setup = plan->setup;
     PyObject *signal = module_if_imported("_signal");
     for (int sig = 1; signal != NULL && sig < NSIG; sig++) {
-        if (sigismember(reset, sig) != 1)
+        bool ignored = setup != NULL && sigismember(&setup->ignored, sig) == 1;
+        bool by_default = sigismember(&plan->was_reset, sig) == 1 ||
+                          (setup != NULL && sigismember(&setup->defaults, sig) == 1);
+        if (!ignored && !by_default)
             continue;
         /* getsignal() is an int for SIG_DFL and SIG_IGN, and None for a C handler. */
         PyObject *handler = PyObject_CallMethod(signal, "getsignal", "i", sig);
-        bool is_default = handler != NULL && PyLong_Check(handler) && PyLong_AsLong(handler) == 0;
-        PyObject *r = is_default ? Py_NewRef(Py_None) : NULL;
-        if (handler != NULL && !is_default)
-            r = PyObject_CallMethod(signal, "signal", "ii", sig, 0); /* SIG_DFL */
+        bool is_right = handler != NULL && PyLong_Check(handler) && PyLong_AsLong(handler) == ignored;
+        PyObject *r = is_right ? Py_NewRef(Py_None) : NULL;
+        if (handler != NULL && !is_right)
+            r = PyObject_CallMethod(signal, "signal", "ii", sig, ignored); /* SIG_IGN, SIG_DFL */
         if (r == NULL)
             PyErr_WriteUnraisable(signal);
         Py_XDECREF(r);

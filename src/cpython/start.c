@@ -12,6 +12,23 @@
 
 #define PAD_TIMEOUT_NS ((int64_t)10 * 1000000000)
 
+/* What the worker's standard streams and logs write to. They are its own too, under the
+ * same numbers. *ret_bytes is what plan->keep points into. */
+static int
+keep_streams(PyObject *boot, struct afk_plan *plan, PyObject **ret_bytes,
+             struct anyfork_error *reterr)
+{
+    PyObject *bytes = PyObject_CallMethod(boot, "descriptors_in_use", NULL);
+    if (bytes == NULL || !PyBytes_Check(bytes)) {
+        Py_XDECREF(bytes);
+        return afk_fail_python(reterr, ANYFORK_STAGE_OPTION, __LINE__, "descriptors in use");
+    }
+    *ret_bytes = bytes;
+    plan->keep = (const int *)(const void *)PyBytes_AS_STRING(bytes);
+    plan->n_keep = (unsigned)((size_t)PyBytes_GET_SIZE(bytes) / sizeof(int));
+    return 0;
+}
+
 /* On the thread that forks. */
 static int
 start_here(const struct afk_method *method, const struct afk_job *job,
@@ -20,19 +37,21 @@ start_here(const struct afk_method *method, const struct afk_job *job,
     struct afk_forking f;
     struct anyfork_child *child = NULL;
     PyThreadState *from, *fresh;
-    PyObject *boot;
+    PyObject *boot, *kept = NULL;
     /* What is hosted in an interpreter of its own needs that of main first. */
     PyInterpreterState *target = method->target == AFK_TARGET_CALLER ? PyInterpreterState_Get()
                                                                      : PyInterpreterState_Main();
 
     afk_forking_init(&f, AFK_FORK_WORKER);
-    int r = afk_child_new(&child, &f.plan, reterr);
+    const struct afk_child_wants wants = {.lowest = job->lowest, .lifeline = job->lifeline};
+    int r = afk_child_new(&child, &f.plan, &wants, reterr);
     if (r < 0)
         return r;
     f.child = child;
+    f.plan.setup = job->setup;
     f.plan.dispositions = AFK_DISPOSITIONS_DEFAULT;
     f.plan.set_wakeup_fd = PySignal_SetWakeupFd;
-    f.plan.keep_mask = false; /* empty: a host's request threads block nearly all */
+    f.plan.keep_mask = false; /* a host's request threads block nearly all */
 
     fresh = afk_hop_enter(target, &from);
     if (fresh == NULL) {
@@ -42,10 +61,13 @@ start_here(const struct afk_method *method, const struct afk_job *job,
     r = ANYFORK_EUNAVAILABLE;
     boot = afk_boot_prepare(reterr);
     if (boot != NULL) {
-        r = afk_fork_from(&f, reterr);
+        r = keep_streams(boot, &f.plan, &kept, reterr);
+        if (r == 0)
+            r = afk_fork_from(&f, reterr);
         if (r == 0)
             /* In the child; never returns. */
             afk_boot_run(boot, job, &f, method->target == AFK_TARGET_FRESH);
+        Py_XDECREF(kept);
         Py_DECREF(boot);
     }
     afk_swap_back(fresh, from);
@@ -110,12 +132,46 @@ afk_start_fork(const struct afk_method *method, const struct afk_job *job,
     return afk_pad_run(method->pad, &work, PAD_TIMEOUT_NS, reterr);
 }
 
+/* The parent's end of what the options named is the handle's, or gone. */
+static int
+start_with_options(const struct afk_method *method, struct afk_job *job,
+                   struct anyfork_child **ret_child, struct anyfork_error *reterr)
+{
+    struct afk_setup setup;
+    enum afk_setup_for purpose = method->process == AFK_PROCESS_EXECUTED ? AFK_SETUP_EXEC
+                                                                         : AFK_SETUP_FORK;
+    int r = afk_setup_prepare(&setup, job->options, purpose, job->report_to, reterr);
+    if (r < 0)
+        return r;
+    job->setup = &setup;
+    job->lowest = setup.lowest;
+    job->lifeline = setup.lifeline_signal != 0;
+    r = method->start(method, job, ret_child, reterr);
+    if (r == 0)
+        afk_child_set_stdio(*ret_child, &setup);
+    afk_setup_release(&setup);
+    return r;
+}
+
+int
+afk_start_exec(const struct afk_method *method, const struct afk_job *job,
+               struct anyfork_child **ret_child, struct anyfork_error *reterr)
+{
+    (void)method;
+    PyInterpreterState *interp = PyInterpreterState_Get();
+    PyThreadState *ts = PyEval_SaveThread();
+    int r = afk_exec_start(job->setup, ret_child, reterr);
+    afk_attach(ts, interp);
+    return r;
+}
+
 int
 afk_start(const struct afk_method *method, const struct afk_job *asked,
           struct anyfork_child **ret_child, struct anyfork_error *reterr)
 {
     struct afk_job job = *asked;
     job.caller = PyThread_get_thread_ident();
+    job.setup = NULL;
     bool in_main = PyInterpreterState_Get() == PyInterpreterState_Main();
     int r = afk_check_caller(reterr);
     if (r == 0)
@@ -125,15 +181,26 @@ afk_start(const struct afk_method *method, const struct afk_job *asked,
     if (job.kind == AFK_JOB_CALLABLE && afk_method_pickles(method, in_main))
         return AFK_FAIL(reterr, ANYFORK_EINVAL, ANYFORK_STAGE_ARGUMENT, 0,
                         "callable: it runs in another interpreter, so must be pickled");
+    if (job.options != NULL && method->process == AFK_PROCESS_NONE)
+        return AFK_FAIL(reterr, ANYFORK_EINVAL, ANYFORK_STAGE_ARGUMENT, 0,
+                        "options: a thread of this process has none of its own");
     if (job.kind == AFK_JOB_C && method->target == AFK_TARGET_FRESH)
         return AFK_FAIL(reterr, ANYFORK_EINVAL, ANYFORK_STAGE_ARGUMENT, 0,
                         "entry: this method runs pickled Python only");
-    return method->start(method, &job, ret_child, reterr);
+    if (job.kind != AFK_JOB_PROGRAM && method->process == AFK_PROCESS_EXECUTED)
+        return AFK_FAIL(reterr, ANYFORK_EINVAL, ANYFORK_STAGE_ARGUMENT, 0,
+                        "entry: this method starts programs: set argv");
+    if (job.kind == AFK_JOB_PROGRAM && method->process != AFK_PROCESS_EXECUTED)
+        return AFK_FAIL(reterr, ANYFORK_EINVAL, ANYFORK_STAGE_ARGUMENT, 0,
+                        "argv: only method exec starts programs");
+    if (method->process == AFK_PROCESS_NONE)
+        return method->start(method, &job, ret_child, reterr);
+    return start_with_options(method, &job, ret_child, reterr);
 }
 
 int
 anyfork_spawn_c(const char *method, anyfork_main entry, void *arg,
-                struct anyfork_child **ret_child, struct anyfork_error *reterr)
+                const struct anyfork_options *options, struct anyfork_child **ret_child, struct anyfork_error *reterr)
 {
     int r = afk_check_caller(reterr);
     if (r < 0)
@@ -145,13 +212,13 @@ anyfork_spawn_c(const char *method, anyfork_main entry, void *arg,
         return AFK_FAIL(reterr, ANYFORK_EINVAL, ANYFORK_STAGE_ARGUMENT, 0, "entry: NULL");
     if (ret_child == NULL)
         return AFK_FAIL(reterr, ANYFORK_EINVAL, ANYFORK_STAGE_ARGUMENT, 0, "ret_child: NULL");
-    struct afk_job job = {.kind = AFK_JOB_C, .entry = entry, .arg = arg};
+    struct afk_job job = {.kind = AFK_JOB_C, .options = options, .report_to = -1, .entry = entry, .arg = arg};
     return afk_start(row, &job, ret_child, reterr);
 }
 
 int
 anyfork_spawn_callable(const char *method, PyObject *callable, PyObject *args,
-                       struct anyfork_child **ret_child, struct anyfork_error *reterr)
+                       const struct anyfork_options *options, struct anyfork_child **ret_child, struct anyfork_error *reterr)
 {
     int r = afk_check_caller(reterr);
     if (r < 0)
@@ -165,6 +232,10 @@ anyfork_spawn_callable(const char *method, PyObject *callable, PyObject *args,
         return AFK_FAIL(reterr, ANYFORK_EINVAL, ANYFORK_STAGE_ARGUMENT, 0, "args: not a tuple");
     if (ret_child == NULL)
         return AFK_FAIL(reterr, ANYFORK_EINVAL, ANYFORK_STAGE_ARGUMENT, 0, "ret_child: NULL");
-    struct afk_job job = {.kind = AFK_JOB_CALLABLE, .callable = callable, .args = args};
+    struct afk_job job = {.kind = AFK_JOB_CALLABLE,
+                          .options = options,
+                          .report_to = -1,
+                          .callable = callable,
+                          .args = args};
     return afk_start(row, &job, ret_child, reterr);
 }

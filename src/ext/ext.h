@@ -13,6 +13,16 @@ struct ext_state *ext_state_of(PyObject *module);
 /* py_errors.c: sets the Python exception for `error`; returns NULL. */
 PyObject *ext_raise(const struct anyfork_error *error, const char *method);
 
+/* py_options.c */
+struct ext_options {
+    struct anyfork_options options;
+    PyObject *dict; /* borrowed, and what options points into */
+    PyObject *keep; /* the same, our own */
+};
+/* False with an exception set. `dict` must outlive the start. */
+bool ext_options_take(struct ext_options *x, PyObject *dict);
+void ext_options_release(struct ext_options *x);
+
 /* py_child.c */
 extern PyType_Spec ext_child_spec;
 /* Steals `child`; closes it on failure. */

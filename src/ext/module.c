@@ -93,31 +93,59 @@ ext_forkpty(PyObject *module, PyObject *Py_UNUSED(args))
     return Py_BuildValue("Ni", PyLong_FromPid(pid), master);
 }
 
-/* spawn(type, method, target, args): target is a callable, or bytes that
- * _boot.load() understands. */
+/* spawn(type, method, target, args, options or None, report_to): target is a callable,
+ * bytes that _boot.load() understands, or None for a program. */
 static PyObject *
 ext_spawn(PyObject *module, PyObject *args)
 {
-    PyObject *type, *target, *target_args;
+    PyObject *type, *target, *target_args, *dict;
     const char *name;
-    if (!PyArg_ParseTuple(args, "OsOO!", &type, &name, &target, &PyTuple_Type, &target_args))
+    int report_to;
+    if (!PyArg_ParseTuple(args, "OsOO!Oi", &type, &name, &target, &PyTuple_Type, &target_args, &dict,
+                          &report_to))
         return NULL;
     const struct afk_method *method = afk_method_find(name);
     if (method == NULL || !PyType_Check(type))
         return PyErr_Format(PyExc_ValueError, "unknown spawn method: %s", name);
     if (check_finalizing(module) < 0 || PySys_Audit("os.fork", NULL) < 0)
         return NULL;
-    struct afk_job job = {.kind = AFK_JOB_CALLABLE, .callable = target, .args = target_args};
+    struct afk_job job = {.kind = AFK_JOB_CALLABLE,
+                          .report_to = report_to,
+                          .callable = target,
+                          .args = target_args};
     if (PyBytes_Check(target)) {
         job.kind = AFK_JOB_PICKLE;
         job.pickle = PyBytes_AS_STRING(target);
         job.pickle_size = (size_t)PyBytes_GET_SIZE(target);
     }
+    else if (target == Py_None) {
+        job.kind = AFK_JOB_PROGRAM;
+    }
+    struct ext_options x = {.keep = NULL};
+    if (dict != Py_None) {
+        if (!ext_options_take(&x, dict))
+            return NULL;
+        job.options = &x.options;
+    }
     struct anyfork_child *child = NULL;
     struct anyfork_error error;
-    if (afk_start(method, &job, &child, &error) < 0)
+    int r = afk_start(method, &job, &child, &error);
+    ext_options_release(&x);
+    if (r < 0)
         return ext_raise(&error, method->name);
     return ext_child_wrap((PyTypeObject *)type, child, method->name);
+}
+
+/* exec_worker(report fd, pickle): the main program of a worker by exec. */
+static PyObject *
+ext_exec_worker(PyObject *Py_UNUSED(module), PyObject *args)
+{
+    int fd;
+    const char *pickle;
+    Py_ssize_t size;
+    if (!PyArg_ParseTuple(args, "iy#", &fd, &pickle, &size))
+        return NULL;
+    afk_boot_run_executed(fd, pickle, (size_t)size);
 }
 
 static PyObject *
@@ -138,7 +166,7 @@ traits(const struct afk_method *m)
     return Py_BuildValue("{s:s,s:s,s:s,s:s,s:s,s:s,s:O,s:O}", "name", m->name, "summary",
                          m->summary, "runs_in", m->runs_in, "memory", m->memory, "may_wait_for",
                          m->may_wait_for, "target", targets[m->target], "has_process",
-                         m->has_process ? Py_True : Py_False, "pickles",
+                         m->process != AFK_PROCESS_NONE ? Py_True : Py_False, "pickles",
                          afk_method_pickles(m, in_main) ? Py_True : Py_False);
 }
 
@@ -338,6 +366,7 @@ static PyMethodDef functions[] = {
     {"forkpty", ext_forkpty, METH_NOARGS,
      "forkpty()\n--\n\nFork with a new pseudo-terminal; returns (pid, master fd)."},
     {"spawn", ext_spawn, METH_VARARGS, NULL},
+    {"exec_worker", ext_exec_worker, METH_VARARGS, NULL},
     {"method_traits", ext_method_traits, METH_NOARGS, NULL},
     {"methods", ext_methods, METH_NOARGS, NULL},
     {"check_fork", ext_check_fork, METH_NOARGS, NULL},

@@ -228,6 +228,40 @@ child_signal(PyObject *op, PyObject *arg)
     Py_RETURN_NONE;
 }
 
+/* _take_stdio(which) -> fd, the caller's from now on, or -1. */
+static PyObject *
+child_take_stdio(PyObject *op, PyObject *arg)
+{
+    int which = PyLong_AsInt(arg);
+    if (which == -1 && PyErr_Occurred())
+        return NULL;
+    struct anyfork_child *child = borrow((struct child_object *)op);
+    int fd = child != NULL ? anyfork_child_take_stdio(child, which) : -1;
+    if (child != NULL)
+        afk_child_unref(child);
+    return PyLong_FromLong(fd);
+}
+
+static PyObject *
+child_detach(PyObject *op, PyObject *Py_UNUSED(args))
+{
+    struct child_object *self = (struct child_object *)op;
+    struct anyfork_child *child = borrow(self);
+    if (child == NULL)
+        return raise_closed();
+    int r = anyfork_child_detach(child);
+    int errnum = errno;
+    afk_child_unref(child);
+    if (r == ANYFORK_EFOREIGN)
+        return foreign(self);
+    if (r == ANYFORK_EUNAVAILABLE)
+        return raise_code(self, r, ANYFORK_STAGE_SIGNAL, 0,
+                          "it is a thread of this process, and ends with it");
+    if (r < 0)
+        return raise_code(self, ANYFORK_ESYSTEM, ANYFORK_STAGE_LIFELINE, errnum, NULL);
+    Py_RETURN_NONE;
+}
+
 static PyObject *
 child_close(PyObject *op, PyObject *Py_UNUSED(args))
 {
@@ -307,8 +341,11 @@ static PyMethodDef child_methods[] = {
     {"_poll", child_poll, METH_NOARGS, NULL},
     {"_outcome", child_outcome, METH_NOARGS, NULL},
     {"_error", child_error, METH_NOARGS, NULL},
+    {"_take_stdio", child_take_stdio, METH_O, NULL},
+    {"detach", child_detach, METH_NOARGS,
+     "Let the worker outlive its owner and its handle, which then neither kills nor waits."},
     {"signal", child_signal, METH_O, "Send a signal; by pidfd, so never to another process."},
-    {"close", child_close, METH_NOARGS, "Kill the worker if it runs, reap it, close its fds."},
+    {"close", child_close, METH_NOARGS, "Kill the worker if it runs, unless it is detached; reap it, close its fds."},
     {NULL, NULL, 0, NULL},
 };
 static PyGetSetDef child_getset[] = {

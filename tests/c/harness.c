@@ -98,7 +98,7 @@ start_worker(worker_body body, void *arg)
     struct afk_plan plan;
 
     afk_plan_init(&plan);
-    assert_int_equal(afk_child_new(&child, &plan, &error), 0);
+    assert_int_equal(afk_child_new(&child, &plan, &ordinary_worker, &error), 0);
     plan.dispositions = AFK_DISPOSITIONS_DEFAULT;
     plan.keep_mask = false;
     pid_t pid = afk_fork(&plan);

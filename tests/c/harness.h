@@ -32,6 +32,9 @@ void wait_readable(int fd);
 int reap(pid_t pid);
 _Noreturn void pause_for_ever(void); /* SIGALRM is the bound */
 
+/* A lifeline, and no descriptors of its own. */
+static const struct afk_child_wants ordinary_worker = {.lowest = 3, .lifeline = true};
+
 /* Runs in the worker; its value is the exit code. */
 typedef int (*worker_body)(const struct afk_plan *plan, void *arg);
 

@@ -368,7 +368,7 @@ test_an_owner_killed_before_its_byte(void **state)
         struct anyfork_child *child;
         struct afk_plan plan;
         afk_plan_init(&plan);
-        if (afk_child_new(&child, &plan, NULL) < 0)
+        if (afk_child_new(&child, &plan, &ordinary_worker, NULL) < 0)
             _exit(1);
         pid_t pid = afk_fork(&plan);
         if (pid == 0)

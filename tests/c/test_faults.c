@@ -39,7 +39,7 @@ whole_life(struct anyfork_error *error)
 
     memset(error, 0, sizeof *error);
     afk_plan_init(&plan);
-    int r = afk_child_new(&child, &plan, error);
+    int r = afk_child_new(&child, &plan, &ordinary_worker, error);
     if (r < 0)
         return r;
     plan.dispositions = AFK_DISPOSITIONS_DEFAULT;
@@ -71,14 +71,47 @@ whole_life(struct anyfork_error *error)
     return r;
 }
 
+/* The same for a program, with options that open files and allocate. */
+static int
+whole_life_of_a_program(struct anyfork_error *error)
+{
+    struct anyfork_child *child = NULL;
+    struct anyfork_options options;
+    const uint32_t cpus[] = {0};
+    int status = -1;
+
+    memset(error, 0, sizeof *error);
+    anyfork_options_init(&options);
+    options.argv = (const char *const[]){"sh", "-c", "exit 0", NULL};
+    options.name = "named";
+    options.cpus = cpus;
+    options.n_cpus = 1;
+    options.stdio[0].kind = ANYFORK_STDIO_NULL;
+    options.stdio[1].kind = ANYFORK_STDIO_PIPE;
+    int r = anyfork_spawn_argv(&options, &child, error);
+    if (r < 0) {
+        assert_null(child);
+        return r;
+    }
+    r = anyfork_child_wait(child, WAIT_NS, &status);
+    if (r == 0)
+        assert_int_equal(status, 0);
+    else {
+        assert_int_equal(r, ANYFORK_EREAPED);
+        (void)AFK_FAIL(error, r, ANYFORK_STAGE_WAIT, afk_fault_errno, NULL);
+    }
+    anyfork_child_close(child);
+    return r;
+}
+
 static void
-every_point(int errnum, bool for_good)
+every_point_of(int (*life)(struct anyfork_error *error), int errnum, bool for_good)
 {
     struct anyfork_error error;
     int before = count_fds();
     for (unsigned nth = 1; nth < POINTS_MAX; nth++) {
         afk_fault_arm(nth, errnum, for_good);
-        int r = whole_life(&error);
+        int r = life(&error);
         unsigned hits = afk_fault_hits();
         afk_fault_arm(0, 0, false);
         total_hits += hits;
@@ -102,6 +135,13 @@ every_point(int errnum, bool for_good)
         }
     }
     fail_msg("still failing after %d points", POINTS_MAX);
+}
+
+static void
+every_point(int errnum, bool for_good)
+{
+    every_point_of(whole_life, errnum, for_good);
+    every_point_of(whole_life_of_a_program, errnum, for_good);
 }
 
 static void

@@ -546,7 +546,7 @@ test_a_worker_killed_before_its_byte(void **state)
     (void)state;
     (void)signal(SIGPIPE, SIG_DFL);
     afk_plan_init(&plan);
-    assert_int_equal(afk_child_new(&child, &plan, NULL), 0);
+    assert_int_equal(afk_child_new(&child, &plan, &ordinary_worker, NULL), 0);
     pid_t pid = afk_fork(&plan);
     if (pid == 0)
         pause_for_ever();
@@ -560,7 +560,7 @@ test_a_worker_killed_before_its_byte(void **state)
 
     /* And after its owner's byte, which it has not read. */
     afk_plan_init(&plan);
-    assert_int_equal(afk_child_new(&child, &plan, NULL), 0);
+    assert_int_equal(afk_child_new(&child, &plan, &ordinary_worker, NULL), 0);
     pid = afk_fork(&plan);
     if (pid == 0)
         pause_for_ever();
@@ -592,7 +592,7 @@ test_no_fd_left(void **state)
         low.rlim_cur = (rlim_t)lowest + room;
         assert_int_equal(setrlimit(RLIMIT_NOFILE, &low), 0);
         afk_plan_init(&plan);
-        int r = afk_child_new(&child, &plan, &error);
+        int r = afk_child_new(&child, &plan, &ordinary_worker, &error);
         assert_int_equal(setrlimit(RLIMIT_NOFILE, &limit), 0);
         if (r < 0) {
             assert_int_equal(error.stage, ANYFORK_STAGE_PIPE);

@@ -115,7 +115,7 @@ main(int argc, char **argv)
     check_addresses();
 
     /* A worker of C's, in a child that Python forked: foreign, and left alone. */
-    if (anyfork_spawn_c("fork", waits, NULL, &child, &error) < 0) {
+    if (anyfork_spawn_c("fork", waits, NULL, NULL, &child, &error) < 0) {
         printf("FAILED: spawn: %s: %s\n", anyfork_stage_text(error.stage), error.detail);
         return 1;
     }

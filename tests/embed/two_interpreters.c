@@ -98,9 +98,9 @@ spawn_once(struct host *host, PyObject *callable)
     PyObject *args = PyTuple_New(0);
 
     if (callable != NULL)
-        r = anyfork_spawn_callable("fork", callable, args, &child, &error);
+        r = anyfork_spawn_callable("fork", callable, args, NULL, &child, &error);
     else
-        r = anyfork_spawn_c("fork", worker_main, host, &child, &error);
+        r = anyfork_spawn_c("fork", worker_main, host, NULL, &child, &error);
     Py_DECREF(args);
     if (r < 0) {
         bad(host, error.detail, error.sys_errno);

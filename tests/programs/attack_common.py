@@ -54,6 +54,13 @@ def available() -> list[str]:
     return [row.name for row in anyfork.methods() if row.available and row.target != "fresh"]
 
 
+def given(method: str, *fds: int) -> dict[str, Any]:
+    """The option by which a worker gets these descriptors; a thread of this process has
+    them anyhow."""
+    has_process = any(row.name == method and row.has_process for row in anyfork.methods())
+    return {"pass_fds": fds} if has_process else {}
+
+
 def twin_works() -> bool:
     """Whether fork() can work here; where not, it has to say so."""
     try:

@@ -63,7 +63,7 @@ def sub_hooks(way: str, fd: int) -> None:
     if way == "twin":
         assert outcomes.in_child(anyfork.fork, nothing) == 0
     else:
-        anyfork.run(nothing, method="subint_fork")
+        anyfork.run(nothing, method="subint_fork", pass_fds=[fd])
 
 
 def hooks(kind: str, way: str) -> dict[str, list[str]]:
@@ -125,10 +125,15 @@ def sub_signals(way: str, number: int) -> None:
             os.kill(pid, number)
             code = outcomes.wait(pid)
         else:
-            child = anyfork.spawn(_ready_then_busy, w, method="subint_fork")
+            child = anyfork.spawn(
+                _ready_then_busy, w, method="subint_fork", pass_fds=[w], sigint="own"
+            )
             assert os.read(r, 1) == b"r"
             child.signal(number)
             code = child.wait(outcomes.LIMIT)
+            if number == signal.SIGINT:  # there in main, a KeyboardInterrupt
+                assert isinstance(child.exception(), KeyboardInterrupt)
+                code = -number if code == 1 else code
     assert code == -number, code
 
 

@@ -74,6 +74,11 @@ def test_the_sources_keep_to_their_layers(library: Path) -> None:
         ),
         ("include/anyfork/anyfork.h", "ANYFORK_API int anyfork_x(void);\n", "export anyfork_x"),
         (
+            "include/anyfork/anyfork_python.h",
+            "ANYFORK_API int anyfork_y(void);\n",
+            "export anyfork_y",
+        ),
+        (
             "src/symbols.map",
             "ANYFORK_PRIVATE { global: afk_nothing; };\n",
             "exports afk_start, which nothing",

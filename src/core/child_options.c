@@ -1,0 +1,365 @@
+/*
+ * What a start asked for, carried out in the child: session, descriptors, signals,
+ * and all that is listed in struct anyfork_options.
+ *
+ * Rule: as child.c, async-signal-safe only, and checked by the same tool. The child
+ * may share its owner's memory and threads (exec), so that nothing is stored but in
+ * the plan, and ids are changed by system call: glibc would change them in all
+ * threads of the owner.
+ */
+#include "core.h"
+#include "anyfork/anyfork.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <sched.h>
+#include <stdint.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#pragma GCC poison malloc calloc realloc free printf exit abort
+
+#ifndef SYS_close_range
+#define SYS_close_range 436
+#endif
+
+#define FD_FOLDER "/proc/self/fd"
+#define FDS_WITHOUT_PROC 65536 /* how far is looked where there is no /proc */
+
+static _Noreturn void
+give_up(const struct afk_plan *plan, const char *member)
+{
+    afk_child_give_up(plan, ANYFORK_STAGE_OPTION, errno, member);
+}
+
+void
+afk_child_join_session(const struct afk_plan *plan)
+{
+    const struct afk_setup *setup = plan->setup;
+    if (setup->session == ANYFORK_SESSION_NEW && setsid() < 0)
+        give_up(plan, "session");
+    if (setup->session == ANYFORK_SESSION_GROUP && setpgid(0, setup->process_group) < 0)
+        give_up(plan, "process_group");
+}
+
+/* ---- descriptors ------------------------------------------------------------- */
+
+/* The lowest number from `from` on that must stay open; INT_MAX: none. */
+static int
+next_kept(const struct afk_plan *plan, int from)
+{
+    const struct afk_setup *setup = plan->setup;
+    int found = INT_MAX;
+    const int ours[] = {setup->report_to >= 0 ? -1 : plan->status_fd, plan->life_fd,
+                        setup->cgroup_procs};
+    for (unsigned i = 0; i < sizeof ours / sizeof *ours; i++)
+        if (ours[i] >= from && ours[i] < found)
+            found = ours[i];
+    for (unsigned i = 0; i < plan->n_keep; i++)
+        if (plan->keep[i] >= from && plan->keep[i] < found)
+            found = plan->keep[i];
+    for (unsigned i = 0; i < setup->n_moves; i++) {
+        if (setup->move[i].to >= from) {
+            if (setup->move[i].to < found)
+                found = setup->move[i].to;
+            break; /* ascending */
+        }
+    }
+    return found;
+}
+
+/* A target that the worker's own streams have would silently change what they are. */
+static void
+check_targets(const struct afk_plan *plan)
+{
+    for (unsigned i = 0; i < plan->n_keep; i++)
+        for (unsigned k = 0; k < plan->setup->n_moves; k++)
+            if (plan->setup->move[k].to == plan->keep[i] &&
+                plan->setup->move[k].from != plan->keep[i])
+                afk_child_give_up(plan, ANYFORK_STAGE_OPTION, EBUSY,
+                                  "fds: a stream or log has that number");
+}
+
+/* Calls `visit` for each open descriptor from 3 on that is not kept. */
+static void
+for_each_inherited(struct afk_plan *plan, void (*visit)(int fd, void *arg), void *arg)
+{
+    char buffer[4096] __attribute__((aligned(8)));
+    int dir = open(FD_FOLDER, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (dir < 0) {
+        struct rlimit limit = {.rlim_cur = FDS_WITHOUT_PROC};
+        (void)getrlimit(RLIMIT_NOFILE, &limit);
+        int end = limit.rlim_cur < FDS_WITHOUT_PROC ? (int)limit.rlim_cur : FDS_WITHOUT_PROC;
+        for (int fd = 3; fd < end; fd++)
+            if (next_kept(plan, fd) != fd && fcntl(fd, F_GETFD) >= 0)
+                visit(fd, arg);
+        return;
+    }
+    for (;;) {
+        long n = syscall(SYS_getdents64, dir, buffer, sizeof buffer);
+        if (n <= 0)
+            break;
+        for (long at = 0; at < n;) {
+            /* linux/dirent.h: ino, off, reclen, type, name */
+            unsigned short size = *(unsigned short *)(void *)(buffer + at + 16);
+            int fd = 0;
+            bool number = false;
+            for (const char *p = buffer + at + 19; *p >= '0' && *p <= '9'; p++) {
+                fd = fd * 10 + (*p - '0');
+                number = true;
+            }
+            if (number && fd >= 3 && fd != dir && next_kept(plan, fd) != fd)
+                visit(fd, arg);
+            at += size;
+        }
+    }
+    (void)close(dir);
+}
+
+static void
+close_one(int fd, void *arg)
+{
+    (void)arg;
+    (void)close(fd);
+}
+
+/* Closes all but what is kept: the gaps in one system call each. */
+static void
+close_inherited(struct afk_plan *plan)
+{
+    int from = 3;
+    for (;;) {
+        int kept = next_kept(plan, from);
+        if (kept > from &&
+            syscall(SYS_close_range, (unsigned)from, kept == INT_MAX ? UINT_MAX : (unsigned)kept - 1,
+                    0) < 0) {
+            for_each_inherited(plan, close_one, NULL); /* Linux 5.8 and older */
+            return;
+        }
+        if (kept == INT_MAX)
+            return;
+        from = kept + 1;
+    }
+}
+
+/* A placeholder needs no number of its own: it takes the first that it replaces. */
+static void
+bury(int fd, void *arg)
+{
+    int *placeholder = arg;
+    if (*placeholder >= 0) {
+        (void)dup3(*placeholder, fd, O_CLOEXEC);
+        return;
+    }
+    (void)close(fd);
+    int made = open("/", O_PATH | O_CLOEXEC);
+    if (made >= 0 && made != fd) {
+        (void)dup3(made, fd, O_CLOEXEC);
+        (void)close(made);
+    }
+    if (made >= 0)
+        *placeholder = fd;
+}
+
+void
+afk_child_place_fds(struct afk_plan *plan)
+{
+    const struct afk_setup *setup = plan->setup;
+    bool executes = setup->argv != NULL;
+    int above = setup->lowest, placeholder = -1;
+
+    check_targets(plan);
+    if (above <= plan->status_fd)
+        above = plan->status_fd + 1;
+    if (above <= plan->life_fd)
+        above = plan->life_fd + 1;
+    for (unsigned i = 0; i < setup->n_moves; i++) {
+        struct afk_fd_move *move = &setup->move[i];
+        if (move->from < 0)
+            move->from = plan->status_fd;
+        if (move->park) {
+            move->from = fcntl(move->from, F_DUPFD_CLOEXEC, above);
+            if (move->from < 0)
+                give_up(plan, "fds");
+        }
+    }
+    for (unsigned i = 0; i < setup->n_moves; i++) {
+        const struct afk_fd_move *move = &setup->move[i];
+        bool inheritable = executes || move->to <= 2;
+        if (move->from != move->to) {
+            if (dup3(move->from, move->to, inheritable ? 0 : O_CLOEXEC) < 0)
+                give_up(plan, move->to <= 2 ? "stdin, stdout or stderr" : "fds");
+        }
+        else if (inheritable && fcntl(move->to, F_SETFD, 0) < 0)
+            give_up(plan, "fds");
+    }
+    for (unsigned i = 0; i < setup->n_moves; i++)
+        if (setup->move[i].park)
+            (void)close(setup->move[i].from);
+    if (setup->fd_policy == ANYFORK_FDS_CLOSE)
+        close_inherited(plan);
+    else if (setup->fd_policy == ANYFORK_FDS_TOMBSTONE)
+        for_each_inherited(plan, bury, &placeholder);
+}
+
+/* ---- signals ------------------------------------------------------------------- */
+
+void
+afk_child_set_signals(const struct afk_plan *plan)
+{
+    const struct sigaction dfl = {.sa_handler = SIG_DFL}, ign = {.sa_handler = SIG_IGN};
+    for (int sig = 1; sig < NSIG; sig++) {
+        if (sigismember(&plan->setup->ignored, sig) == 1)
+            (void)sigaction(sig, &ign, NULL);
+        else if (sigismember(&plan->setup->defaults, sig) == 1)
+            (void)sigaction(sig, &dfl, NULL);
+    }
+}
+
+/* ---- the rest -------------------------------------------------------------------- */
+
+static void
+write_small(const struct afk_plan *plan, int fd, const char *text, size_t size, const char *member)
+{
+    ssize_t n;
+    do
+        n = write(fd, text, size);
+    while (n < 0 && errno == EINTR);
+    if (n < 0)
+        give_up(plan, member);
+}
+
+static void
+set_oom_score(const struct afk_plan *plan)
+{
+    char text[8], *p = text + sizeof text;
+    int value = plan->setup->oom_score_adj;
+    unsigned left = value < 0 ? (unsigned)-value : (unsigned)value;
+    do
+        *--p = (char)('0' + left % 10);
+    while ((left /= 10) != 0);
+    if (value < 0)
+        *--p = '-';
+    int fd = open("/proc/self/oom_score_adj", O_WRONLY | O_CLOEXEC);
+    if (fd < 0)
+        give_up(plan, "oom_score_adj");
+    write_small(plan, fd, p, (size_t)(text + sizeof text - p), "oom_score_adj");
+    (void)close(fd);
+}
+
+static void
+set_nice(const struct afk_plan *plan)
+{
+    errno = 0;
+    int now = getpriority(PRIO_PROCESS, 0);
+    if (errno != 0 || setpriority(PRIO_PROCESS, 0, now + plan->setup->nice) < 0)
+        give_up(plan, "nice");
+}
+
+static void
+set_limits(const struct afk_plan *plan)
+{
+    const struct afk_setup *setup = plan->setup;
+    for (unsigned i = 0; i < setup->n_rlimits; i++) {
+        const struct { uint64_t soft, hard; } limit = {setup->rlimits[i].soft, setup->rlimits[i].hard};
+        if (syscall(SYS_prlimit64, 0, setup->rlimits[i].resource, &limit, NULL) < 0)
+            give_up(plan, "rlimits");
+    }
+}
+
+static void
+set_ids(const struct afk_plan *plan)
+{
+    const struct afk_setup *setup = plan->setup;
+    if (setup->n_groups >= 0 && syscall(SYS_setgroups, (size_t)setup->n_groups, setup->groups) < 0)
+        give_up(plan, "groups");
+    gid_t gid = (gid_t)setup->group;
+    if (setup->group >= 0 && syscall(SYS_setresgid, gid, gid, gid) < 0)
+        give_up(plan, "group");
+    uid_t uid = (uid_t)setup->user;
+    if (setup->user >= 0 && syscall(SYS_setresuid, uid, uid, uid) < 0)
+        give_up(plan, "user");
+}
+
+/* Field `index` (from 1) of /proc/self/stat, whose second is in parentheses. */
+static uintptr_t
+stat_field(const char *text, unsigned index)
+{
+    const char *p = text;
+    for (const char *q = text; *q != '\0'; q++)
+        if (*q == ')')
+            p = q;
+    for (unsigned at = 2; *p != '\0' && at < index; p++)
+        at += *p == ' ';
+    uintptr_t value = 0;
+    for (; *p >= '0' && *p <= '9'; p++)
+        value = value * 10 + (uintptr_t)(*p - '0');
+    return value;
+}
+
+/* The command line that ps(1) shows is the memory of the program's arguments. */
+static void
+set_name(const char *name)
+{
+    char text[1024];
+    (void)prctl(PR_SET_NAME, name);
+    int fd = open("/proc/self/stat", O_RDONLY | O_CLOEXEC);
+    if (fd < 0)
+        return; /* no /proc, so nobody sees it either */
+    ssize_t n = read(fd, text, sizeof text - 1);
+    (void)close(fd);
+    if (n <= 0)
+        return;
+    text[n] = '\0';
+    char *start = (char *)stat_field(text, 48), *end = (char *)stat_field(text, 49);
+    if (start == NULL || end <= start)
+        return;
+    while (*name != '\0' && start + 1 < end)
+        *start++ = *name++;
+    while (start < end)
+        *start++ = '\0';
+}
+
+void
+afk_child_apply(const struct afk_plan *plan)
+{
+    const struct afk_setup *setup = plan->setup;
+    if (setup->umask >= 0)
+        (void)umask((mode_t)setup->umask);
+    if (setup->cgroup_procs >= 0) {
+        write_small(plan, setup->cgroup_procs, "0", 1, "cgroup");
+        (void)close(setup->cgroup_procs);
+    }
+    if (setup->oom_score_adj != ANYFORK_OOM_KEEP)
+        set_oom_score(plan);
+    if (setup->nice != 0)
+        set_nice(plan);
+    if (setup->cpus != NULL && syscall(SYS_sched_setaffinity, 0, setup->cpus_size, setup->cpus) < 0)
+        give_up(plan, "cpus");
+    set_limits(plan);
+    if (setup->cwd != NULL && chdir(setup->cwd) < 0)
+        give_up(plan, "cwd");
+    set_ids(plan);
+    if (setup->name != NULL)
+        set_name(setup->name);
+}
+
+/* As execvp(3), but for scripts without an interpreter. */
+_Noreturn void
+afk_child_exec(const struct afk_plan *plan)
+{
+    extern char **environ;
+    const struct afk_setup *setup = plan->setup;
+    char *const *env = setup->env != NULL ? (char *const *)(uintptr_t)setup->env : environ;
+    int errnum = ENOENT;
+    for (char **path = setup->candidates; *path != NULL; path++) {
+        (void)execve(*path, (char *const *)(uintptr_t)setup->argv, env);
+        if (errno != ENOENT && errno != ENOTDIR)
+            errnum = errno;
+    }
+    afk_child_give_up(plan, ANYFORK_STAGE_EXEC, errnum, setup->program);
+}
