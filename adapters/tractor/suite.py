@@ -1,0 +1,187 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""Run tractor's own test suite on anyfork's methods, beside its default, and compare.
+
+usage: adapters/tractor/suite.py CHECKOUT [--python NAME] [--methods M...] [--rounds N]
+                                 [--all | --tests FILE...] [--tpt tcp|uds] [--json FILE]
+
+CHECKOUT is a clone of tractor, which is not changed. NAME is one of tools/pythons (3.13,
+3.14, host); a venv with tractor's dependencies is made under build/tractor. Methods that
+fork run under the name main_thread_forkserver, for which tractor's suite has its budgets
+and skips. Default: the spawn set, nine files; methods trio (tractor's own), fork,
+subint_fork, main_thread_forkserver, exec.
+
+Prints a table, and every test that failed or was skipped, by name. Exit status: 0; 1 if
+a test fails in most rounds of a method and in none of trio's; 2 if nothing could be run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+ADAPTER = Path(__file__).resolve().parent / "src"
+SPAWN_SET = (
+    "test_spawning", "test_cancellation", "test_advanced_faults", "test_runtime", "test_rpc",
+    "test_local", "test_root_runtime", "test_child_manages_service_nursery",
+    "test_oob_cancellation",
+)  # fmt: skip
+DEFAULT = "trio"
+FORKS = ("fork", "subint_fork", "main_thread_forkserver")
+METHODS = (DEFAULT, *FORKS, "exec")
+REQUIREMENTS = (
+    "pytest>=9.0.3", "pexpect>=4.9,<5", "pytest-timeout>=2.3", "psutil>=7", "cffi>=1.17.1",
+    "stackscope>=0.2.2,<0.3", "typing-extensions>=4.14.1",
+)  # fmt: skip
+TEST_SECONDS = 150
+RUN_SECONDS = 3000
+
+
+def run(name: str, *command: object, **options: object) -> subprocess.CompletedProcess[str]:
+    """With that CPython's environment; stopped by its process group if it takes too long."""
+    words = [str(word) for word in command]
+    full = [str(ROOT / "tools/pythons"), "run", name, "--", *words]
+    timeout = options.pop("timeout", None)
+    process = subprocess.Popen(full, start_new_session=True, text=True, **options)  # type: ignore[call-overload]
+    try:
+        out, err = process.communicate(timeout=timeout)  # type: ignore[arg-type]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+    return subprocess.CompletedProcess(full, process.returncode, out, err)
+
+
+def venv_of(name: str, checkout: Path) -> Path:
+    """With tractor's dependencies; made once."""
+    place = ROOT / "build/tractor" / name / "venv"
+    done = place / "done"
+    if not done.exists():
+        print(f"{name}: making a venv with tractor's dependencies", file=sys.stderr)
+        python = "$ANYFORK_PYTHON"
+        script = f'"{python}" -m venv --clear {shlex.quote(str(place))}'
+        steps = (
+            ("sh", "-c", script),
+            (place / "bin/python", "-m", "pip", "install", "-q", checkout, *REQUIREMENTS),
+            # The checkout itself is what is tested, and not a copy of it.
+            (place / "bin/python", "-m", "pip", "uninstall", "-q", "-y", "tractor"),
+        )
+        for step in steps:
+            if run(name, *step, stdout=sys.stderr).returncode != 0:
+                raise SystemExit(2)
+        done.touch()
+    return place
+
+
+def one_round(
+    name: str, method: str, checkout: Path, tests: list[str], tpt: str, out: Path
+) -> dict[str, str]:
+    """{test: passed, failed, skipped, xfailed or xpassed}"""
+    site = subprocess.run(
+        [ROOT / "tools/build", name, "--tag", "tractor"], check=True, capture_output=True, text=True
+    ).stdout.split()[-1]
+    python = venv_of(name, checkout) / "bin/python"
+    backend = ["--spawn-backend", "main_thread_forkserver" if method in FORKS else method]
+    if method in FORKS:
+        backend += ["--anyfork-method", method]
+    xml = out.with_suffix(".xml")
+    xml.unlink(missing_ok=True)
+    path = f"PYTHONPATH={site}:{ADAPTER}:{checkout}"
+    with open(out.with_suffix(".log"), "w") as log:
+        run(
+            name, "env", "-C", checkout, path, "PYTHONWARNINGS=ignore", python, "-m", "pytest",
+            "-p", "anyfork_tractor.pytest_plugin", "-q", "-rsxX", "--capture=sys",
+            "--tpt-proto", tpt, f"--timeout={TEST_SECONDS}", f"--junit-xml={xml}", "-o",
+            "junit_family=xunit1", "-o", "xfail_strict=false", *backend, *tests,
+            stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, timeout=RUN_SECONDS,
+        )  # fmt: skip
+    if not xml.exists():
+        print(f"{name} {method}: no result; see {log.name}", file=sys.stderr)
+        return {}
+    results = {}
+    for case in ElementTree.parse(xml).iter("testcase"):
+        test = f"{case.get('classname', '').rpartition('.')[2]}::{case.get('name')}"
+        skipped = case.find("skipped")
+        if case.find("failure") is not None or case.find("error") is not None:
+            results[test] = "failed"
+        elif skipped is not None:
+            results[test] = "xfailed" if skipped.get("type") == "pytest.xfail" else "skipped"
+        else:
+            results[test] = "passed"
+    return results
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkout", type=Path)
+    parser.add_argument("--python", default="3.13")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--all", action="store_true")
+    parser.add_argument("--tests", nargs="+")
+    parser.add_argument("--tpt", choices=("tcp", "uds"), default="tcp")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    checkout = options.checkout.resolve()
+    if not (checkout / "tractor/spawn/_spawn.py").exists():
+        parser.error(f"{checkout} is no checkout of tractor")
+    tests = options.tests or (["tests"] if options.all else [f"tests/{n}.py" for n in SPAWN_SET])
+    folder = ROOT / "build/tractor" / options.python
+    folder.mkdir(parents=True, exist_ok=True)
+
+    rows: dict[str, list[tuple[float, dict[str, str]]]] = {m: [] for m in options.methods}
+    for n in range(options.rounds):  # interleaved: the machine's load is everybody's
+        for method in options.methods:
+            begin = time.monotonic()
+            out = folder / f"{method}-{options.tpt}-{n}"
+            results = one_round(options.python, method, checkout, tests, options.tpt, out)
+            rows[method].append((time.monotonic() - begin, results))
+            counts = Counter(results.values())
+            print(
+                f"{options.python} {method:24} round {n + 1}: {dict(counts)} "
+                f"{rows[method][-1][0]:.0f} s", flush=True,
+            )  # fmt: skip
+
+    def bad(method: str) -> Counter[str]:
+        return Counter(t for _, r in rows[method] for t, how in r.items() if how == "failed")
+
+    print(f"\n{'method':24} {'pass':>5} {'fail':>5} {'skip':>5} {'xfail':>5} {'s':>6}")
+    for method in options.methods:
+        for seconds, results in rows[method]:
+            c = Counter(results.values())
+            print(
+                f"{method:24} {c['passed']:5} {c['failed']:5} {c['skipped']:5} {c['xfailed']:5} "
+                f"{seconds:6.0f}"
+            )
+    baseline = bad(DEFAULT) if DEFAULT in rows else Counter()
+    regressions = []
+    for method in options.methods:
+        for test, times in sorted(bad(method).items()):
+            new = method != DEFAULT and times * 2 > options.rounds and baseline[test] == 0
+            regressions += [test] if new else []
+            mark = "  <- new" if new else ""
+            print(f"{method}: failed {times} of {options.rounds}: {test}{mark}")
+        skipped = {t for _, r in rows[method] for t, how in r.items() if how == "skipped"}
+        for test in sorted(skipped):
+            print(f"{method}: skipped: {test}")
+    if options.json is not None:
+        data = {m: [{"seconds": round(s, 1), "results": r} for s, r in rows[m]] for m in rows}
+        options.json.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
+    if not any(results for runs in rows.values() for _, results in runs):
+        return 2
+    return int(bool(regressions))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
