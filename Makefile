@@ -39,6 +39,7 @@ soak:
 
 bench: .venv/ready
 	@tools/in python bench/bench_spawn.py
+	@tools/in python bench/bench_methods.py
 
 clean:
 	rm -rf .venv build

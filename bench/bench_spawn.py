@@ -47,7 +47,7 @@ def twin():
     return start, spent
 def worker():
     start = time.monotonic()
-    child = anyfork.spawn(stamp, method="fork")
+    child = anyfork.spawn(stamp, method="fork", pass_fds=({fd},))
     spent = time.monotonic() - start
     child.wait()
     child.close()
@@ -93,7 +93,7 @@ class Bench:
     def row(self, method: str) -> Callable[[], tuple[float, float]]:
         def call() -> tuple[float, float]:
             start = now()
-            child = anyfork.spawn(self.stamp, method=method)
+            child = anyfork.spawn(self.stamp, method=method, pass_fds=(self.line_w,))
             spent = now() - start
             child.wait()
             child.close()

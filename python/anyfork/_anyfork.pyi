@@ -71,6 +71,9 @@ def method_traits() -> list[_MethodTraits]:
 def methods() -> list[_MethodRow]:
     """The rows of the table; ``available`` is for the calling interpreter."""
 
+def workers_held() -> int:
+    """How many handles of workers this process has not closed."""
+
 def check_fork() -> None:
     """Raise MethodUnavailable where fork() cannot work."""
 

@@ -107,7 +107,12 @@ def describe_status(status: int | None) -> str:
 
 def _descriptor_limit() -> str:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return f"the limit of open files is {soft} (RLIMIT_NOFILE, hard limit {hard})"
+    from . import _anyfork
+
+    return (
+        f"the limit of open files is {soft} (RLIMIT_NOFILE, hard limit {hard}), and this process "
+        f"holds {_anyfork.workers_held()} workers, with up to four each"
+    )
 
 
 def from_c(

@@ -267,6 +267,7 @@ int afk_child_adopt_executed(struct anyfork_child *child, pid_t pid, int pidfd, 
                              struct afk_plan *plan, struct anyfork_error *reterr);
 /* The owner's ends of standard streams; the handle owns them from now on. */
 void afk_child_set_stdio(struct anyfork_child *child, struct afk_setup *setup);
+unsigned afk_children_held(void); /* handles that are not closed, of this process */
 /* A call under way in another thread keeps the handle alive over a close. */
 void afk_child_ref(struct anyfork_child *child);
 void afk_child_unref(struct anyfork_child *child);

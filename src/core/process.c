@@ -56,6 +56,8 @@ struct anyfork_child {
     size_t partial_have;
 };
 
+static atomic_uint n_held; /* handles of this process */
+
 static void
 close_fds(struct anyfork_child *child)
 {
@@ -80,8 +82,10 @@ afk_child_unref(struct anyfork_child *child)
 {
     if (atomic_fetch_sub(&child->refs, 1) != 1)
         return;
-    if (child->generation == afk_generation())
+    if (child->generation == afk_generation()) {
         close_fds(child);
+        atomic_fetch_sub(&n_held, 1);
+    }
     (void)pthread_mutex_destroy(&child->lock);
     free(child->payload);
     free(child);
@@ -120,10 +124,17 @@ reap_detached(void)
     (void)pthread_mutex_unlock(&let_go_lock);
 }
 
+unsigned
+afk_children_held(void)
+{
+    return atomic_load(&n_held);
+}
+
 /* Async-signal-safe. They are the parent's to reap. */
 static void
 in_forked_child(void)
 {
+    atomic_store(&n_held, 0);
     let_go = NULL;
     let_go_lock = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
 }
@@ -172,6 +183,7 @@ allocate(void)
     if (child == NULL)
         return NULL;
     atomic_store(&child->refs, 1);
+    atomic_fetch_add(&n_held, 1);
     (void)pthread_mutex_init(&child->lock, NULL);
     child->generation = afk_generation();
     child->pidfd = child->status_fd = child->life_write = child->life_read = -1;

@@ -322,6 +322,12 @@ ext_runtime(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(args))
 }
 
 static PyObject *
+ext_workers_held(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(args))
+{
+    return PyLong_FromUnsignedLong(afk_children_held());
+}
+
+static PyObject *
 ext_pad_stop(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(args))
 {
     (void)afk_pad_stop((int64_t)5 * 1000000000);
@@ -378,6 +384,7 @@ static PyMethodDef functions[] = {
     {"set_disposition", ext_set_disposition, METH_VARARGS, NULL},
     {"in_main", ext_in_main, METH_NOARGS, NULL},
     {"_begin_finalizing", ext_begin_finalizing, METH_NOARGS, NULL},
+    {"workers_held", ext_workers_held, METH_NOARGS, NULL},
     {"_pad_stop", ext_pad_stop, METH_NOARGS, NULL},
     {"_set_package_parent", ext_set_package_parent, METH_O, NULL},
 #ifdef AFK_FAULTS
