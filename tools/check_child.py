@@ -27,6 +27,7 @@ ALLOWED = frozenset(
         "close",
         "dup2",
         "dup3",
+        "sendmsg",
         "chdir",
         "execve",
         "open",
@@ -57,6 +58,7 @@ ALLOWED = frozenset(
         "afk_child_join_session",
         "afk_child_place_fds",
         "afk_child_set_signals",
+        "afk_child_tell_guard",
         "ioctl",  # a bare system call; not in POSIX's list because POSIX lacks it
         "memcpy",  # the compiler's, for structures
         "memset",

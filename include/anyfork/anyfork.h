@@ -148,6 +148,7 @@ enum anyfork_session {
 enum anyfork_scope {
     ANYFORK_SCOPE_WORKER,
     ANYFORK_SCOPE_GROUP, /* its process group; needs a session or a group of its own */
+    ANYFORK_SCOPE_CGROUP, /* all of `cgroup`, which must be given; by the guard */
     ANYFORK_SCOPE_COUNT
 };
 
@@ -199,6 +200,12 @@ struct anyfork_options {
     int32_t sigint;           /* enum anyfork_sigint */
     int32_t lifeline_signal;  /* sent when the owner ends, SIGKILL; 0: none, it lives on */
     int32_t lifeline_scope;   /* enum anyfork_scope */
+    bool guard;               /* the worker is held by the guard too: a small process, one per
+                               * owner, that ends its workers where the kernel does not. On
+                               * where the scope is a cgroup, and where the user changes in
+                               * a user namespace. For workers that change their user
+                               * themselves, and owners whose descriptors foreign processes
+                               * inherit by clone(2) */
 };
 
 /* Sets every member to "the owner's", and the defaults named above.

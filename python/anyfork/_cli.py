@@ -175,7 +175,7 @@ def _smoketest(args: argparse.Namespace) -> int:
 def _demo(args: argparse.Namespace) -> int:
     from . import _demo
 
-    return _demo.command(args.path, args.workers, args.json)
+    return _demo.command(args.path, args.workers, args.json, args.method)
 
 
 # ---- arguments --------------------------------------------------------------------------------
@@ -282,6 +282,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument(
         "--workers", type=_workers, default=4, metavar="N", help="workers per method (default: 4)"
+    )
+    names = [row["name"] for row in _anyfork.method_traits()]
+    sub.add_argument(
+        "--method", action="append", choices=names, metavar="NAME",
+        help=f"only this one (may be given again; default: all of {', '.join(names)})",
     )
     return parser
 

@@ -560,9 +560,13 @@ def gaps_of(interp: _lab.SubInterpreter) -> dict[tuple[str, str], str]:
 
 
 async def run_batches(
-    job: Job, interp: _lab.SubInterpreter, parent: Parent, bar: _console.Progress
+    job: Job,
+    interp: _lab.SubInterpreter,
+    parent: Parent,
+    bar: _console.Progress,
+    only: list[str] | None,
 ) -> list[Batch | Gap]:
-    """Every method, from main and from the sub-interpreter."""
+    """Every method, or only those, from main and from the sub-interpreter."""
     import trio
 
     gaps = gaps_of(interp)
@@ -575,6 +579,8 @@ async def run_batches(
             await trio.sleep(0.3)
             parent.idle_pause = parent.longest_pause
             for method in methods():
+                if only is not None and method.name not in only:
+                    continue
                 for origin, host in (("main", None), ("isolated", interp)):
                     gap = gaps.get((method.name, origin))
                     if gap is not None:
@@ -621,7 +627,7 @@ def _fd_limit(workers: int) -> str | None:
     )
 
 
-def command(path: str | None, workers: int, as_json: bool) -> int:
+def command(path: str | None, workers: int, as_json: bool, only: list[str] | None = None) -> int:
     """The subcommand; returns its exit status."""
     try:
         import trio
@@ -652,6 +658,7 @@ def command(path: str | None, workers: int, as_json: bool) -> int:
                     interp,
                     parent,
                     bar,
+                    only,
                     restrict_keyboard_interrupt_to_checkpoints=True,
                 )
             alive = interp.call(os.getpid) == os.getpid()

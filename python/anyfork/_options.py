@@ -24,7 +24,7 @@ _SPECIAL = {-1: _PIPE, -2: _STDOUT, -3: _NULL}
 _SESSION_NEW, _SESSION_GROUP = 1, 2
 _POLICIES = ("default", "close", "tombstone", "inherit")
 _SIGINT = ("owner", "own", "group")
-_SCOPES = ("worker", "group")
+_SCOPES = ("worker", "group", "cgroup")
 _NO_LIMIT = 2**64 - 1
 
 
@@ -58,7 +58,11 @@ class Options(TypedDict, total=False):
       KeyboardInterrupt in Python), or "group" (the same, in a process group of its own,
       which the terminal leaves alone).
     lifeline: whether the worker ends with its owner; or the signal that ends it.
-    scope: who ends then: "worker", or "group": its process group or session too.
+    scope: who ends then: "worker"; "group": its process group or session too; "cgroup":
+      all that is in its cgroup.
+    guard: also hold the worker by a small process that ends it where the kernel does not:
+      a worker that changes its user itself, an owner whose descriptors foreign processes
+      have. Where the scope is a cgroup it is on.
     """
 
     executable: Path
@@ -87,7 +91,8 @@ class Options(TypedDict, total=False):
     default_signals: Iterable[int]
     sigint: Literal["owner", "own", "group"]
     lifeline: bool | int
-    scope: Literal["worker", "group"]
+    scope: Literal["worker", "group", "cgroup"]
+    guard: bool
 
 
 def _int(name: str, value: object) -> int:
@@ -264,7 +269,7 @@ _PLAIN: dict[str, tuple[str, Callable[[str, Any], object]]] = {
     "sigint": ("sigint", lambda name, value: _choice(name, value, _SIGINT)),
     "scope": ("lifeline_scope", lambda name, value: _choice(name, value, _SCOPES)),
 }
-_MANY = ("start_new_session", "process_group", "fds", "pass_fds", "lifeline")
+_MANY = ("guard", "start_new_session", "process_group", "fds", "pass_fds", "lifeline")
 NAMES = frozenset(_PLAIN) | frozenset(_MANY)
 
 
@@ -293,6 +298,10 @@ def _descriptors(options: Mapping[str, Any], plain: dict[str, Any]) -> None:
 
 
 def _lifeline(options: Mapping[str, Any], plain: dict[str, Any]) -> None:
+    guard = options.get("guard", False)
+    if not isinstance(guard, bool):
+        raise TypeError(f"guard: True or False is wanted, not {guard!r}")
+    plain["guard"] = int(guard)
     lifeline = options.get("lifeline", True)
     if isinstance(lifeline, bool):
         plain["lifeline_signal"] = signal.SIGKILL if lifeline else 0

@@ -39,7 +39,9 @@ def _pickled(fn: Callable[..., object], args: tuple[object, ...], method: str) -
             f"picklable: {type(exc).__name__}: {exc}. Or use method='fork'"
         ) from exc
     main = None
-    if _TRAITS[method]["target"] == "fresh" and b"__main__" in payload:
+    # In a fresh worker the program is __mp_main__.
+    named = b"__main__" in payload or b"__mp_main__" in payload
+    if _TRAITS[method]["target"] == "fresh" and named:
         main = _main_program(method)
     path = [p for p in sys.path if isinstance(p, str)]
     return pickle.dumps((path, sys.argv, main, payload), protocol=5)

@@ -108,6 +108,10 @@ reset_listed(struct afk_plan *plan)
 static void
 arm_lifeline(const struct afk_plan *plan)
 {
+    if (plan->guard_fd >= 0) {
+        afk_child_tell_guard(plan);
+        (void)close(plan->guard_fd);
+    }
     /* Nothing is ever written to this pipe: that would be an event too, and
      * pipe_write() of the kernel sends it after it has woken the reader. */
     int flags = fcntl(plan->life_fd, F_GETFL);

@@ -8,6 +8,7 @@
  * threads of the owner.
  */
 #include "core.h"
+#include "guard.h"
 #include "anyfork/anyfork.h"
 
 #include <errno.h>
@@ -17,12 +18,16 @@
 #include <stdint.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #pragma GCC poison malloc calloc realloc free printf exit abort
 
+#ifndef SYS_pidfd_open
+#define SYS_pidfd_open 434
+#endif
 #ifndef SYS_close_range
 #define SYS_close_range 436
 #endif
@@ -44,6 +49,40 @@ afk_child_join_session(const struct afk_plan *plan)
         give_up(plan, "session");
     if (setup->session == ANYFORK_SESSION_GROUP && setpgid(0, setup->process_group) < 0)
         give_up(plan, "process_group");
+}
+
+/* Before anything else, so that there is no moment at which nobody holds us. */
+void
+afk_child_tell_guard(const struct afk_plan *plan)
+{
+    int fds[2] = {(int)syscall(SYS_pidfd_open, getpid(), 0), plan->setup->cgroup_kill};
+    size_t size = (fds[1] >= 0 ? 2 : 1) * sizeof(int);
+    const struct afk_guard_message message = {.op = AFK_GUARD_HOLD,
+                                              .pid = getpid(),
+                                              .signal = plan->setup->lifeline_signal};
+    union {
+        struct cmsghdr header;
+        char space[CMSG_SPACE(2 * sizeof(int))];
+    } control = {.header = {.cmsg_level = SOL_SOCKET,
+                            .cmsg_type = SCM_RIGHTS,
+                            .cmsg_len = CMSG_LEN(size)}};
+    struct iovec vec = {(void *)(uintptr_t)&message, sizeof message};
+    const struct msghdr msg = {.msg_iov = &vec,
+                               .msg_iovlen = 1,
+                               .msg_control = &control,
+                               .msg_controllen = CMSG_SPACE(size)};
+    if (fds[0] < 0)
+        give_up(plan, "guard: pidfd_open");
+    int *to = (int *)(void *)CMSG_DATA(&control.header);
+    to[0] = fds[0];
+    to[1] = fds[1] >= 0 ? fds[1] : 0; /* beyond its length */
+    ssize_t n;
+    do
+        n = sendmsg(plan->guard_fd, &msg, MSG_NOSIGNAL);
+    while (n < 0 && errno == EINTR);
+    if (n < 0)
+        give_up(plan, "guard");
+    (void)close(fds[0]);
 }
 
 /* ---- descriptors ------------------------------------------------------------- */

@@ -54,6 +54,8 @@ int afk_os_openpty(int *ret_master, int *ret_slave);
 int afk_os_open(int dir, const char *path, int flags, unsigned mode);
 bool afk_os_fd_is_open(int fd);
 bool afk_os_is_cgroup2(int fd);
+/* Root of the initial user namespace, whose signals reach every user's processes. */
+bool afk_os_is_true_root(void);
 /* The flag O_ASYNC of an open file, and so whether anybody is told of its events. */
 int afk_os_stop_async(int fd);
 /* A stack for a child that shares this memory: its upper end is base + size. */
@@ -62,6 +64,9 @@ void afk_os_unmap_stack(void *base, size_t size);
 ssize_t afk_os_read(int fd, void *buf, size_t size);
 int afk_os_write_all(int fd, const void *buf, size_t size);
 int afk_os_send_byte(int fd, char byte);
+int afk_os_send_message(int fd, const void *message, size_t size);
+bool afk_os_hung_up(int fd); /* the other end of a socket is gone */
+int afk_os_seqpacket_pair(int ret_fds[2]);
 void afk_os_close(int fd);
 int64_t afk_os_now_ns(void);
 /* Copies memory of this process, or fails with -EFAULT: never a signal. */
@@ -147,6 +152,8 @@ struct afk_setup {
     sigset_t mask, ignored, defaults;
     int lifeline_signal; /* 0: none */
     bool lifeline_group;
+    bool guarded;        /* the worker tells the guard of itself */
+    int cgroup_kill;     /* fd, or -1: the worker alone */
     int umask;
     int cgroup_dir, cgroup_procs; /* fds, or -1 */
     int oom_score_adj;
@@ -210,6 +217,7 @@ struct afk_plan {
     int tty_fd;       /* slave of the new controlling terminal, or -1 */
     int tty_master_fd;
     const struct afk_setup *setup; /* of a worker; NULL for fork() */
+    int guard_fd;         /* a copy of the owner's end of the guard's socket, or -1 */
     const int *keep;      /* beside the setup's: these stay open under their numbers */
     unsigned n_keep;
     struct anyfork_error *failure; /* where a child that shares our memory says why it ended */
@@ -237,6 +245,7 @@ pid_t afk_fork_exec(struct afk_plan *plan, int *ret_pidfd);
 
 /* Async-signal-safe, in the child. Each ends it if the system refuses. */
 void afk_child_join_session(const struct afk_plan *plan);
+void afk_child_tell_guard(const struct afk_plan *plan);
 void afk_child_place_fds(struct afk_plan *plan);
 void afk_child_set_signals(const struct afk_plan *plan);
 /* What a fork's handlers must not be in the way of, nor be hindered by: umask to name. */
@@ -244,10 +253,11 @@ void afk_child_apply(const struct afk_plan *plan);
 _Noreturn void afk_child_exec(const struct afk_plan *plan);
 
 /* ---- process.c ------------------------------------------------------------ */
-/* How many fds a worker costs its owner: report socket, lifeline (2), pidfd. */
+/* What a start needs of its handle. */
 struct afk_child_wants {
     int lowest;    /* the worker's ends get no lower number than this */
     bool lifeline;
+    bool guard;
 };
 /* New handle with its pipes; the worker's ends are put in the plan.
  * Returns 0 or a negative enum anyfork_code with reterr filled. */
@@ -308,6 +318,13 @@ void afk_child_view(struct anyfork_child *child, struct afk_child_view *ret_view
  * it runs. */
 int afk_exec_start(struct afk_setup *setup, struct anyfork_child **ret_child,
                    struct anyfork_error *reterr);
+
+/* ---- guard.c ---------------------------------------------------------------- */
+/* A copy of the owner's end of the socket of this process's guard, which is started now
+ * if there is none. Or a negative enum anyfork_code with reterr filled. */
+int afk_guard_open(struct anyfork_error *reterr);
+/* It lets that worker, and its cgroup, live. */
+void afk_guard_drop(pid_t pid);
 
 /* ---- errors --------------------------------------------------------------- */
 /* Fills *reterr if it is not NULL; returns `code`. */

@@ -32,6 +32,7 @@ afk_plan_init(struct afk_plan *plan)
     plan->keep_mask = true;
     plan->life_fd = plan->status_fd = plan->tty_fd = plan->tty_master_fd = -1;
     plan->setup = NULL;
+    plan->guard_fd = -1;
     plan->keep = NULL;
     plan->n_keep = 0;
     plan->failure = NULL;
@@ -99,7 +100,6 @@ clone_into_cgroup(struct afk_plan *plan, void *stack, int *ret_pidfd)
     __asm__ volatile("syscall\n\t"
                      "test %%rax, %%rax\n\t"
                      "jnz 1f\n\t"
-                     "xor %%ebp, %%ebp\n\t" /* no caller: where backtraces end */
                      "mov %[arg], %%rdi\n\t"
                      "call *%[function]\n\t"
                      "hlt\n"

@@ -100,6 +100,10 @@ wrong_number(const struct anyfork_options *o)
     if (o->lifeline_scope == ANYFORK_SCOPE_GROUP && o->session == ANYFORK_SESSION_KEEP &&
         o->sigint != ANYFORK_SIGINT_GROUP)
         return "lifeline_scope: a group needs a session or process group of its own";
+    if (o->lifeline_scope == ANYFORK_SCOPE_CGROUP && o->cgroup == NULL)
+        return "lifeline_scope: no cgroup is given";
+    if (o->lifeline_signal == 0 && (o->guard || o->lifeline_scope != ANYFORK_SCOPE_WORKER))
+        return "lifeline_signal: none, so there is nothing to guard";
     if (o->lifeline_scope == ANYFORK_SCOPE_GROUP && o->process_group != 0)
         return "lifeline_scope: the process group is not the worker's own";
     if (o->name != NULL && o->name[0] == '\0')
@@ -305,6 +309,11 @@ prepare_cgroup(struct afk_setup *setup, const struct anyfork_options *o,
     setup->cgroup_procs = afk_os_open(setup->cgroup_dir, "cgroup.procs", O_WRONLY, 0);
     if (setup->cgroup_procs < 0)
         return refused(reterr, -setup->cgroup_procs, "cgroup: %s/cgroup.procs", o->cgroup);
+    if (o->lifeline_scope == ANYFORK_SCOPE_CGROUP) {
+        setup->cgroup_kill = afk_os_open(setup->cgroup_dir, "cgroup.kill", O_WRONLY, 0);
+        if (setup->cgroup_kill < 0)
+            return refused(reterr, -setup->cgroup_kill, "cgroup: %s/cgroup.kill", o->cgroup);
+    }
     if (setup->cgroup_procs < setup->lowest) { /* the worker will have that number itself */
         int fd = afk_os_dup_above(setup->cgroup_procs, setup->lowest);
         if (fd < 0)
@@ -395,6 +404,8 @@ take_plain_members(struct afk_setup *setup, const struct anyfork_options *o)
         setup->session = ANYFORK_SESSION_GROUP;
     setup->lifeline_signal = o->lifeline_signal;
     setup->lifeline_group = o->lifeline_scope == ANYFORK_SCOPE_GROUP;
+    setup->guarded = o->guard || o->lifeline_scope == ANYFORK_SCOPE_CGROUP ||
+                     (o->lifeline_signal != 0 && o->user >= 0 && !afk_os_is_true_root());
     setup->umask = o->umask;
     setup->oom_score_adj = o->oom_score_adj;
     setup->nice = o->nice;
@@ -421,7 +432,7 @@ afk_setup_prepare(struct afk_setup *setup, const struct anyfork_options *options
     memset(setup, 0, sizeof *setup);
     for (int i = 0; i < 3; i++)
         setup->opened[i] = setup->owner_end[i] = -1;
-    setup->cgroup_dir = setup->cgroup_procs = -1;
+    setup->cgroup_dir = setup->cgroup_procs = setup->cgroup_kill = -1;
     setup->report_to = report_to;
     const char *wrong = wrong_number(options);
     if (wrong == NULL)
@@ -453,7 +464,8 @@ afk_setup_release(struct afk_setup *setup)
     }
     afk_os_close(setup->cgroup_dir);
     afk_os_close(setup->cgroup_procs);
-    setup->cgroup_dir = setup->cgroup_procs = -1;
+    afk_os_close(setup->cgroup_kill);
+    setup->cgroup_dir = setup->cgroup_procs = setup->cgroup_kill = -1;
     for (unsigned i = 0; setup->candidates != NULL && setup->candidates[i] != NULL; i++)
         free(setup->candidates[i]);
     free(setup->candidates);

@@ -10,6 +10,7 @@
 #include <limits.h>
 #include <poll.h>
 #include <pty.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
@@ -165,6 +166,22 @@ afk_os_is_cgroup2(int fd)
     return fstatfs(fd, &fs) == 0 && (unsigned long)fs.f_type == 0x63677270ul; /* linux/magic.h */
 }
 
+/* user_namespaces(7): there the map is of all ids to themselves. */
+bool
+afk_os_is_true_root(void)
+{
+    char map[64] = "";
+    unsigned inside = 1, outside = 1, count = 0;
+    if (geteuid() != 0)
+        return false;
+    int fd = open("/proc/self/uid_map", O_RDONLY | O_CLOEXEC);
+    ssize_t n = fd >= 0 ? read(fd, map, sizeof map - 1) : -1;
+    if (fd >= 0)
+        (void)close(fd);
+    return n > 0 && sscanf(map, "%u %u %u", &inside, &outside, &count) == 3 && inside == 0 &&
+           outside == 0 && count == UINT32_MAX;
+}
+
 int
 afk_os_stop_async(int fd)
 {
@@ -225,6 +242,29 @@ afk_os_send_byte(int fd, char byte)
         r = AFK_SYS("send", result(send(fd, &byte, 1, MSG_NOSIGNAL)));
     while (r == -EINTR);
     return r < 0 ? r : 0;
+}
+
+int
+afk_os_send_message(int fd, const void *message, size_t size)
+{
+    int r;
+    do
+        r = AFK_SYS("send", result(send(fd, message, size, MSG_NOSIGNAL)));
+    while (r == -EINTR);
+    return r < 0 ? r : 0;
+}
+
+bool
+afk_os_hung_up(int fd)
+{
+    struct pollfd p = {.fd = fd};
+    return poll(&p, 1, 0) > 0 && (p.revents & (POLLHUP | POLLERR)) != 0;
+}
+
+int
+afk_os_seqpacket_pair(int ret_fds[2])
+{
+    return AFK_SYS("socketpair", result(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ret_fds)));
 }
 
 void

@@ -38,6 +38,7 @@ struct anyfork_child {
     int life_read;   /* keeps the worker's read end alive though it closes its own */
     int stdio[3];    /* our ends of its standard streams, until they are taken */
     bool detached;   /* lives on without us */
+    bool guarded;    /* and the guard knows of it */
     struct anyfork_child *next; /* in the list of those whose handle is closed */
     bool ready;
     bool ended;
@@ -83,6 +84,8 @@ afk_child_unref(struct anyfork_child *child)
     if (atomic_fetch_sub(&child->refs, 1) != 1)
         return;
     if (child->generation == afk_generation()) {
+        if (child->guarded && child->pid > 0)
+            afk_guard_drop(child->pid); /* it would hold on to the rest of a cgroup */
         close_fds(child);
         atomic_fetch_sub(&n_held, 1);
     }
@@ -272,6 +275,17 @@ afk_child_new(struct anyfork_child **ret_child, struct afk_plan *plan,
             goto fail;
         life[0] = r;
     }
+    if (wants->guard) {
+        r = afk_guard_open(reterr);
+        if (r < 0) {
+            afk_os_close(status_fd);
+            afk_os_close(life[0]);
+            afk_child_unref(child);
+            return r;
+        }
+        plan->guard_fd = r;
+        child->guarded = true;
+    }
     plan->status_fd = status_fd;
     plan->life_fd = life[0];
     *ret_child = child;
@@ -291,7 +305,8 @@ close_worker_ends(struct afk_plan *plan)
 {
     afk_os_close(plan->status_fd);
     afk_os_close(plan->life_fd);
-    plan->status_fd = plan->life_fd = -1;
+    afk_os_close(plan->guard_fd);
+    plan->status_fd = plan->life_fd = plan->guard_fd = -1;
 }
 
 int
@@ -660,6 +675,8 @@ anyfork_child_detach(struct anyfork_child *child)
             afk_lifeline_close(&child->life_read);
         }
     }
+    if (r == 0 && child->guarded)
+        afk_guard_drop(child->pid);
     if (r == 0)
         child->detached = true;
     (void)pthread_mutex_unlock(&child->lock);

@@ -166,6 +166,7 @@ ext_options_take(struct ext_options *x, PyObject *dict)
 {
     struct anyfork_options *o = &x->options;
     uint32_t n_groups = 0;
+    int32_t guard = 0;
     anyfork_options_init(o);
     x->dict = dict;
     x->keep = PyList_New(0);
@@ -192,7 +193,9 @@ ext_options_take(struct ext_options *x, PyObject *dict)
               take(x, "default_signals", to_signals, &o->default_signals) &&
               take(x, "sigint", to_int32, &o->sigint) &&
               take(x, "lifeline_signal", to_int32, &o->lifeline_signal) &&
-              take(x, "lifeline_scope", to_int32, &o->lifeline_scope);
+              take(x, "lifeline_scope", to_int32, &o->lifeline_scope) &&
+              take(x, "guard", to_int32, &guard);
+    o->guard = guard != 0;
     if (o->groups != NULL)
         o->n_groups = (int32_t)n_groups;
     if (!ok)

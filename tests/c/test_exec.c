@@ -201,6 +201,13 @@ test_failures_have_stage_and_errno(void **state)
     options.stdio[0] = (struct anyfork_stdio){.kind = ANYFORK_STDIO_FILE, .path = "/no/such/file"};
     refused(&options, ANYFORK_ESYSTEM, ANYFORK_STAGE_OPTION, ENOENT, "stdin");
     prepare(&options, WORDS("true"));
+    options.guard = true; /* not beside this program */
+    struct anyfork_error error;
+    struct anyfork_child *child = NULL;
+    assert_int_equal(anyfork_spawn_argv(&options, &child, &error), ANYFORK_ESYSTEM);
+    assert_int_equal(error.stage, ANYFORK_STAGE_EXEC);
+    assert_non_null(strstr(error.detail, "anyfork-guard"));
+    prepare(&options, WORDS("true"));
     options.session = ANYFORK_SESSION_GROUP;
     options.process_group = 4000000;
     refused(&options, ANYFORK_ESYSTEM, ANYFORK_STAGE_OPTION, EPERM, "process_group");

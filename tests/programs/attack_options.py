@@ -144,15 +144,18 @@ def check_ids(place: str) -> None:
 
 def _readable_by_all() -> bool:
     """Whether a fresh interpreter can load Python and this program as another user."""
-    paths = [sys.executable, os.__file__, anyfork.__file__, __file__]
-    done = subprocess.run(
-        ["cat", *(os.path.realpath(path) for path in paths)],
-        user=12345,
-        group=23456,
-        extra_groups=[],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", "import anyfork, attack_options"],
+            user=12345,
+            group=23456,
+            extra_groups=[],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+    except PermissionError:
+        return False
     return done.returncode == 0
 
 
@@ -312,8 +315,9 @@ def check_nothing_else_is_inherited(place: str) -> None:
         for method in processes():
             there = anyfork.run(open_here, method=method)
             assert secret.name not in there.values(), (method, there)
-            if method == "exec":  # its report socket alone
-                same((method, sorted(fd for fd in there if fd > 2)), (method, [3]))
+            if method == "exec":  # its report socket alone; and 3.15 opens libffi itself
+                left = sorted(fd for fd, path in there.items() if fd > 2 and ".so" not in path)
+                same((method, left), (method, [3]))
             else:
                 same((method, there[secret.fileno()]), (method, "/"))
             closed = anyfork.run(open_here, method=method, fd_policy="close")

@@ -16,11 +16,18 @@ def target(seconds: float) -> str:
     return IMPORTED_AS
 
 
+def nest(method: str) -> str:
+    """The program's own target in a worker of a worker."""
+    return str(anyfork.run(target, 0.0, method=method))
+
+
 if __name__ == "__main__":
     method, mode = sys.argv[1:]
     match mode:
         case "result":
             print(anyfork.run(target, 0.0, method=method))
+        case "nested":
+            print(anyfork.run(nest, method, method=method))
         case "end":  # the program ends before its worker
             child = anyfork.spawn(target, 0.3, method=method)
             child.wait_ready(30)

@@ -201,8 +201,9 @@ def test_every_method_from_main_and_from_a_sub_interpreter(tree):
 @needs_trio
 @pytest.mark.timeout(TIMEOUT)
 def test_a_single_file_gets_a_single_worker(tree):
-    run = demo(str(tree / "sub" / "39.bin"))
+    run = demo(str(tree / "sub" / "39.bin"), "--method", "fork", "--method", "exec")
     assert run.returncode == 0, run.stdout + run.stderr
+    assert "subint_fork" not in run.stdout
     assert "started from an isolated sub-interpreter" in run.stdout
     assert "1 files, 0.0 MB" in run.stdout
 
@@ -213,7 +214,8 @@ def test_a_single_file_gets_a_single_worker(tree):
 def test_results_larger_than_a_pipe_arrive(tmp_path, workers):
     for i in range(3000):  # 96 kB of digests
         (tmp_path / f"{i}").write_bytes(b"%d" % i)
-    run = demo(str(tmp_path), "--workers", workers, "--json")
+    only = ("--method", "subint_fork", "--method", "exec")
+    run = demo(str(tmp_path), "--workers", workers, "--json", *only)
     assert run.returncode == 0, run.stdout + run.stderr
     assert {b["verified"] for b in json.loads(run.stdout)["batches"]} == {3000}
 
@@ -253,6 +255,9 @@ def test_without_trio_one_line_says_what_to_install():
     assert run.stderr == "anyfork demo: trio is not installed: pip install 'anyfork[demo]'\n"
 
 
+FORKS = ("fork", "subint_fork", "main_thread_forkserver")
+
+
 @needs_trio
 @pytest.mark.timeout(TIMEOUT)
 @pytest.mark.parametrize("batch", [1, 5])
@@ -262,7 +267,8 @@ def test_interrupted_it_leaves_nothing(tmp_path, batch):
         with open(tmp_path / f"{i}", "wb") as file:
             file.truncate(400_000_000)
     with subprocess.Popen(
-        [sys.executable, "-m", "anyfork", "demo", str(tmp_path), "--workers", "2"],
+        [sys.executable, "-m", "anyfork", "demo", str(tmp_path), "--workers", "2",
+         *(word for name in FORKS for word in ("--method", name))],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

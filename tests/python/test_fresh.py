@@ -20,9 +20,10 @@ def test_fresh(check: str, place: str) -> None:
 @pytest.mark.parametrize("method", [row.name for row in FRESH])
 def test_a_target_of_the_program_itself(method: str) -> None:
     """The program is imported again, under the name that multiprocessing gives it."""
-    done = run_program("fresh_main.py", method, "result")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split("\n") == ["the target ends", "__mp_main__", ""]
+    for mode in ("result", "nested"):
+        done = run_program("fresh_main.py", method, mode)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.split("\n") == ["the target ends", "__mp_main__", ""]
 
 
 @pytest.mark.timeout(120)

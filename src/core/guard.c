@@ -1,0 +1,138 @@
+/*
+ * The guard of this process: started when the first worker needs it, told of workers by
+ * themselves, and gone with its owner. See src/guard/guard.c.
+ *
+ * Rules: one guard per process; a forked child has none. Its socket is in the table of
+ * lifeline fds, so that no forked child keeps the owner's end.
+ */
+#include "guard.h"
+#include "core.h"
+#include "anyfork/anyfork.h"
+
+#include <dlfcn.h>
+#include <errno.h>
+#include <limits.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+
+#define GUARD "anyfork-guard"
+#define START_NS ((int64_t)10 * 1000000000)
+
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static int guard_socket = -1; /* the owner's end */
+
+/* Async-signal-safe; the fd is closed by the table. */
+static void
+in_forked_child(void)
+{
+    guard_socket = -1;
+    lock = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
+}
+
+__attribute__((constructor)) static void
+loaded(void)
+{
+    afk_at_fork_child(in_forked_child);
+}
+
+/* Beside the library. */
+static int
+find_guard(char *ret_path, size_t size)
+{
+    Dl_info info;
+    if (dladdr((void *)(uintptr_t)find_guard, &info) == 0 || info.dli_fname == NULL)
+        return -ENOENT;
+    const char *slash = strrchr(info.dli_fname, '/');
+    int n = snprintf(ret_path, size, "%.*s" GUARD, slash ? (int)(slash - info.dli_fname) + 1 : 0,
+                     info.dli_fname);
+    return n < 0 || (size_t)n >= size ? -ENAMETOOLONG : 0;
+}
+
+static int
+start(int worker_end, int owner, struct anyfork_error *reterr)
+{
+    char path[PATH_MAX];
+    int r = find_guard(path, sizeof path);
+    if (r < 0)
+        return AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_LIFELINE, -r, GUARD);
+    const char *const argv[] = {path, NULL}, *const env[] = {NULL};
+    const struct anyfork_fd fds[] = {{worker_end, AFK_GUARD_SOCKET}, {owner, AFK_GUARD_OWNER}};
+    struct anyfork_options options;
+    struct anyfork_child *child = NULL;
+    anyfork_options_init(&options);
+    options.argv = argv;
+    options.env = env;
+    options.cwd = "/";
+    options.fds = fds;
+    options.n_fds = 2;
+    options.session = ANYFORK_SESSION_NEW; /* not to be hit by what hits the owner's group */
+    options.lifeline_signal = 0;           /* it has an end of its own */
+    for (int i = 0; i < 3; i++)
+        options.stdio[i].kind = ANYFORK_STDIO_NULL;
+    r = anyfork_spawn_argv(&options, &child, reterr);
+    if (r < 0)
+        return r;
+    /* It goes into the background at once: a child that never ends would be in the way
+     * of a host that waits for all of its children. */
+    int status = -1;
+    r = anyfork_child_wait(child, START_NS, &status);
+    anyfork_child_close(child);
+    if (r == ANYFORK_ETIMEDOUT || (r == 0 && status != 0))
+        return AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_LIFELINE, 0, GUARD " cannot start");
+    return 0;
+}
+
+static int
+make(struct anyfork_error *reterr)
+{
+    int pair[2], owner, r;
+    r = afk_os_seqpacket_pair(pair);
+    if (r < 0)
+        return AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_LIFELINE, -r, "guard's socket");
+    owner = afk_os_pidfd_open(getpid());
+    if (owner < 0)
+        r = AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_PIDFD, -owner, "guard's owner");
+    else
+        r = start(pair[1], owner, reterr);
+    afk_os_close(owner);
+    afk_os_close(pair[1]);
+    if (r == 0) {
+        r = afk_lifeline_register(pair[0], false);
+        if (r < 0)
+            r = AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_MEMORY, -r, "guard's socket");
+    }
+    if (r < 0) {
+        afk_os_close(pair[0]); /* the end of file ends the guard */
+        return r;
+    }
+    guard_socket = pair[0];
+    return 0;
+}
+
+int
+afk_guard_open(struct anyfork_error *reterr)
+{
+    (void)pthread_mutex_lock(&lock);
+    if (guard_socket >= 0 && afk_os_hung_up(guard_socket)) /* somebody has killed it */
+        afk_lifeline_close(&guard_socket);
+    int r = guard_socket >= 0 ? 0 : make(reterr);
+    if (r == 0) {
+        r = afk_os_dup_above(guard_socket, 3);
+        if (r < 0)
+            r = AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_LIFELINE, -r, "guard's socket");
+    }
+    (void)pthread_mutex_unlock(&lock);
+    return r;
+}
+
+void
+afk_guard_drop(pid_t pid)
+{
+    const struct afk_guard_message message = {.op = AFK_GUARD_DROP, .pid = pid};
+    (void)pthread_mutex_lock(&lock);
+    if (guard_socket >= 0)
+        (void)afk_os_send_message(guard_socket, &message, sizeof message);
+    (void)pthread_mutex_unlock(&lock);
+}
