@@ -33,8 +33,9 @@ await_owner(struct afk_plan *plan)
     plan->owner_holds_us = true;
 }
 
-/* The owner's thread is stopped until we end, and then reads it. */
-static _Noreturn void
+/* The owner's thread is stopped until we end, and then reads it. Where the two memories
+ * are not the same, in an emulator of the kernel, the record tells. */
+static void
 tell_in_memory(struct anyfork_error *failure, int stage, int errnum, const char *detail)
 {
     failure->code = ANYFORK_ESYSTEM;
@@ -44,7 +45,6 @@ tell_in_memory(struct anyfork_error *failure, int stage, int errnum, const char 
     for (; i + 1 < sizeof failure->detail && detail[i] != '\0'; i++)
         failure->detail[i] = detail[i];
     failure->detail[i] = '\0';
-    _exit(AFK_EXIT_SETUP);
 }
 
 _Noreturn void
@@ -60,7 +60,7 @@ afk_child_give_up(const struct afk_plan *plan, int stage, int errnum, const char
         report.detail[i] = detail[i];
     if (plan->status_fd >= 0) {
         (void)!write(plan->status_fd, &report, sizeof report);
-        if (!plan->owner_holds_us)
+        if (!plan->owner_holds_us && plan->failure == NULL)
             await_owner((struct afk_plan *)(uintptr_t)plan);
     }
     _exit(AFK_EXIT_SETUP);

@@ -21,6 +21,9 @@
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
 
 #define PEEK_BATCH 512 /* at most IOV_MAX */
 
@@ -204,6 +207,10 @@ afk_os_map_stack(size_t size, void **ret_base)
 void
 afk_os_unmap_stack(void *base, size_t size)
 {
+#ifdef __SANITIZE_ADDRESS__
+    /* What ran on it did not return, and left its frames' red zones behind. */
+    __asan_unpoison_memory_region(base, size);
+#endif
     (void)munmap(base, size);
 }
 
