@@ -91,6 +91,7 @@ ANYFORK_API const char *anyfork_stage_text(int stage);
 
 /* ---- options of one start ------------------------------------------------- */
 
+/* What a standard stream of the worker is. */
 enum anyfork_stdio_kind {
     ANYFORK_STDIO_INHERIT, /* the owner's */
     ANYFORK_STDIO_NULL,    /* /dev/null */
@@ -100,6 +101,9 @@ enum anyfork_stdio_kind {
     ANYFORK_STDIO_STDOUT,  /* standard error only: where standard output goes */
     ANYFORK_STDIO_COUNT
 };
+
+/* One standard stream. Where it is a path, the owner opens it, so that its own ids and
+ * working directory count. */
 struct anyfork_stdio {
     int32_t kind;     /* enum anyfork_stdio_kind */
     int32_t fd;       /* FD */
@@ -137,6 +141,7 @@ enum anyfork_sigint {
     ANYFORK_SIGINT_COUNT
 };
 
+/* The session and process group that the worker is in. */
 enum anyfork_session {
     ANYFORK_SESSION_KEEP,
     ANYFORK_SESSION_NEW,   /* setsid(2): also a new process group */
@@ -152,6 +157,7 @@ enum anyfork_scope {
     ANYFORK_SCOPE_COUNT
 };
 
+/* One limit of setrlimit(2). */
 struct anyfork_rlimit {
     int32_t resource; /* RLIMIT_NOFILE, ...; see getrlimit(2) */
     uint64_t soft, hard; /* UINT64_MAX: no limit */

@@ -115,7 +115,7 @@ def _compile_child(source: Path, into: Path) -> Path:
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None or shutil.which("nm") is None:
         pytest.skip("no C compiler and nm")
-    obj = into / "src_core_child.c.o"
+    obj = into / f"src_core_{source.stem}.c.o"
     subprocess.run(
         [
             *(compiler, "-std=c11", "-O2", "-fPIC", "-D_GNU_SOURCE", "-w", "-c", str(source)),
@@ -128,7 +128,8 @@ def _compile_child(source: Path, into: Path) -> Path:
 
 
 def test_the_child_calls_only_what_is_safe(tmp_path: Path) -> None:
-    _compile_child(ROOT / "src/core/child.c", tmp_path)
+    for name in ("child.c", "child_options.c"):
+        _compile_child(ROOT / "src/core" / name, tmp_path)
     done = _run("check_child.py", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
 
