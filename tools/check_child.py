@@ -52,7 +52,6 @@ ALLOWED = frozenset(
         "prctl",
         "setpriority",
         "syscall",
-        "environ",  # a variable
         # Of the other one of the two.
         "afk_child_give_up",
         "afk_child_join_session",

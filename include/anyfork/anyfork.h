@@ -177,7 +177,7 @@ struct anyfork_options {
     uint32_t size;            /* sizeof(struct anyfork_options), set by _init() */
     const char *const *argv;  /* exec only; ends with NULL */
     const char *program;      /* exec only; NULL: argv[0], looked up in PATH of env */
-    const char *const *env;   /* "NAME=value", ends with NULL; NULL: the owner's */
+    const char *const *env;   /* "NAME=value", ends with NULL; NULL: the owner's environ(7) */
     const char *cwd;          /* chdir(2) */
     int32_t umask;            /* umask(2), 0 to 0777 */
     int64_t user;             /* setresuid(2): real, effective and saved */

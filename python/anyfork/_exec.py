@@ -33,14 +33,14 @@ def interpreter() -> str:
     )
 
 
-def argv(executable: str, report_fd: int, target_fd: int) -> list[bytes]:
-    """The command line for a target in ``target_fd``."""
+def argv(executable: str, report_fd: int, target_fd: int, name: bytes) -> list[bytes]:
+    """The command line for a target in ``target_fd``; ``name`` may be empty."""
     import subprocess  # not when this package is imported: it is large
 
     flags: Callable[[], list[str]] = subprocess._args_from_interpreter_flags  # type: ignore[attr-defined]
     parent = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     words = [executable, *flags(), "-P", "-c", _BOOT, parent, str(report_fd), str(target_fd)]
-    return [os.fsencode(word) for word in words]
+    return [*(os.fsencode(word) for word in words), name]
 
 
 def target_file(data: bytes) -> int:
@@ -59,7 +59,10 @@ def target_file(data: bytes) -> int:
 
 def main() -> None:
     """In the fresh interpreter: read the target, call it, end. Never returns."""
-    _parent, report_fd, target_fd = sys.argv[1:4]
+    _parent, report_fd, target_fd, name = sys.argv[1:5]
+    if name:
+        with open("/proc/self/comm", "wb") as comm:
+            comm.write(os.fsencode(name)[:15])
     with open(int(target_fd), "rb") as file:
         data = file.read()
     sys.path[:], sys.argv[:], *_rest = pickle.loads(data)

@@ -125,6 +125,13 @@ def as_bytes(name: str, value: object) -> bytes:
     return data
 
 
+def _name(name: str, value: object) -> bytes:
+    data = as_bytes(name, value)
+    if not data:
+        raise ValueError(f"{name}: empty")
+    return data
+
+
 def _list(name: str, value: object, item: Callable[[str, Any], Any]) -> list[Any]:
     if isinstance(value, str | bytes) or not isinstance(value, Iterable):
         raise TypeError(f"{name}: an iterable is wanted, not {type(value).__name__}")
@@ -258,7 +265,7 @@ _PLAIN: dict[str, tuple[str, Callable[[str, Any], object]]] = {
     "cpus": ("cpus", lambda name, value: _list(name, value, _natural)),
     "cgroup": ("cgroup", as_bytes),
     "oom_score_adj": ("oom_score_adj", _int),
-    "name": ("name", as_bytes),
+    "name": ("name", _name),
     "stdin": ("stdin", _stdio),
     "stdout": ("stdout", _stdio),
     "stderr": ("stderr", _stdio),

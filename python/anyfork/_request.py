@@ -87,12 +87,13 @@ def _exec_options(options: Options) -> dict[str, Any]:
 def _exec_target(fn: Callable[..., object], args: tuple[object, ...], options: Options) -> Child:
     prepared = _exec_options(options)
     executable = os.fsdecode(prepared.get("program") or _exec.interpreter())
+    name = prepared.pop("name", b"")  # an interpreter finds its files by argv[0]
     fd = _exec.target_file(_pickled(fn, args, "exec"))
     try:
         taken = [there for _here, there in prepared.get("fds", ())]
         report_to = max([2, *taken]) + 1
         prepared["fds"] = [*prepared.get("fds", ()), (fd, report_to + 1)]
-        prepared["argv"] = _exec.argv(executable, report_to, report_to + 1)
+        prepared["argv"] = _exec.argv(executable, report_to, report_to + 1, name)
         prepared["program"] = os.fsencode(executable)
         _audit(prepared, options)
         child = _anyfork.spawn(Child, "exec", None, (), prepared, report_to)

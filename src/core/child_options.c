@@ -391,9 +391,8 @@ afk_child_apply(const struct afk_plan *plan)
 _Noreturn void
 afk_child_exec(const struct afk_plan *plan)
 {
-    extern char **environ;
     const struct afk_setup *setup = plan->setup;
-    char *const *env = setup->env != NULL ? (char *const *)(uintptr_t)setup->env : environ;
+    char *const *env = (char *const *)(uintptr_t)setup->env;
     int errnum = ENOENT;
     for (char **path = setup->candidates; *path != NULL; path++) {
         (void)execve(*path, (char *const *)(uintptr_t)setup->argv, env);

@@ -172,6 +172,7 @@ struct afk_setup {
     const char *const *argv;
     const char *program;
     char **argv_named;   /* argv with `name` first */
+    char **environ_copy; /* of the pointers; strings of the environment are never freed */
     char **candidates;   /* paths to try in turn, ends with NULL */
     /* the parent's */
     int opened[3];       /* the worker's ends of its standard streams, ours to close */

@@ -378,6 +378,19 @@ prepare_program(struct afk_setup *setup, const struct anyfork_options *o,
     }
     setup->argv = o->argv;
     setup->program = program;
+    if (o->env == NULL) {
+        /* Another thread may change it while this one waits for the kernel. */
+        extern char **environ;
+        size_t size = 0;
+        while (environ != NULL && environ[size] != NULL)
+            size++;
+        setup->environ_copy = AFK_ALLOC("calloc(environ)", calloc(size + 1, sizeof(char *)));
+        if (setup->environ_copy == NULL)
+            return no_memory(reterr);
+        if (size > 0)
+            memcpy(setup->environ_copy, environ, size * sizeof(char *));
+        setup->env = (const char *const *)setup->environ_copy;
+    }
     if (o->name == NULL)
         return 0;
     size_t argc = 0;
@@ -470,10 +483,11 @@ afk_setup_release(struct afk_setup *setup)
         free(setup->candidates[i]);
     free(setup->candidates);
     free(setup->argv_named);
+    free(setup->environ_copy);
     free(setup->cpus);
     free(setup->move);
     setup->candidates = NULL;
-    setup->argv_named = NULL;
+    setup->argv_named = setup->environ_copy = NULL;
     setup->cpus = NULL;
     setup->move = NULL;
     setup->n_moves = 0;

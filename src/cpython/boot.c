@@ -9,6 +9,7 @@
 #include "cpython/cpython.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -218,7 +219,8 @@ afk_boot_run_executed(int fd, const char *pickle, size_t size)
     int code = AFK_EXIT_PRELUDE;
     if (afk_reporter_init(&reporter, fd) < 0)
         _exit(code);
-    (void)afk_lifeline_register(fd, false); /* not for the worker's own forked children */
+    (void)afk_lifeline_register(fd, false); /* not for the worker's own forked children, */
+    (void)fcntl(fd, F_SETFD, FD_CLOEXEC);   /* nor for programs that it starts */
     PyObject *boot = afk_boot_prepare(&error);
     if (boot != NULL) {
         code = afk_boot_run_target(boot, &job, &reporter);

@@ -107,8 +107,10 @@ ext_spawn(PyObject *module, PyObject *args)
     const struct afk_method *method = afk_method_find(name);
     if (method == NULL || !PyType_Check(type))
         return PyErr_Format(PyExc_ValueError, "unknown spawn method: %s", name);
-    if (check_finalizing(module) < 0 || PySys_Audit("os.fork", NULL) < 0)
+    if (check_finalizing(module) < 0)
         return NULL;
+    if (method->process == AFK_PROCESS_FORKED && PySys_Audit("os.fork", NULL) < 0)
+        return NULL; /* a program was audited as subprocess.Popen */
     struct afk_job job = {.kind = AFK_JOB_CALLABLE,
                           .report_to = report_to,
                           .callable = target,

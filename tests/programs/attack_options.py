@@ -108,12 +108,11 @@ def check_numbers(place: str) -> None:
 
 def check_name(place: str) -> None:
     for method in processes():
-        if method == "exec":
-            continue  # the interpreter finds itself by argv[0]
         there = state_by(method, name="crunch-the-numbers")
         if method != "subint_forkserver":  # reads the name of the target's thread
             same((method, there["comm"]), (method, "crunch-the-numb"))
-        same((method, there["title"]), (method, "crunch-the-numbers"))
+        if method != "exec":  # an interpreter finds its files by argv[0]
+            same((method, there["title"]), (method, "crunch-the-numbers"))
 
 
 def check_sessions(place: str) -> None:

@@ -41,6 +41,7 @@ STAGES = {
     "calloc(host)": {"memory"},
     "calloc(fds)": {"memory"},
     "calloc(candidates)": {"memory"},
+    "calloc(environ)": {"memory"},
     "malloc(path)": {"memory"},
     "mmap": {"fork"},
     "clone": {"fork"},
