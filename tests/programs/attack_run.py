@@ -65,14 +65,14 @@ def run_once(module: str, check: str, place: str) -> None:
 def main() -> None:
     module, check, place = sys.argv[1:4]
     faulthandler.dump_traceback_later(3 * attack_common.LIMIT, exit=True)
-    # On 3.13t a sub-interpreter beside two computing threads of main comes to a
+    # On 3.13t a sub-interpreter beside computing threads of main comes to a
     # halt without anyfork too: twenty collections in it do not end in 25 seconds.
     before = None
     halts = place != "main" and not sys._is_gil_enabled()
     # Ten times as many changes of thread as by default: more of them in the middle of
     # something, and less of the time spent waiting for busy ones.
     sys.setswitchinterval(0.0005)
-    for n_busy in (0, 0 if halts else 2):
+    for n_busy in (0, 0 if halts else 1):
         with attack_common.busy(n_busy):
             run_once(module, check, place)
         if before is None:  # caches, pads and helpers are up now

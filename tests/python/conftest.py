@@ -6,12 +6,14 @@ leaves the process as it found it, or fails: `leak_check` looks.
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -49,6 +51,30 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="size of the stress and leak tests; 1 is what `make matrix` runs "
         "(default: $ANYFORK_SCALE, else %(default)s)",
     )
+    parser.addoption(
+        "--part",
+        type=_part,
+        metavar="K/N",
+        help="only the Kth of N parts of the tests, counted from 1; the others are deselected. "
+        "Which part a test is in depends on its name alone",
+    )
+
+
+def _part(text: str) -> tuple[int, int]:
+    k, _slash, n = text.partition("/")
+    if not (k.isdigit() and n.isdigit() and 1 <= int(k) <= int(n)):
+        raise argparse.ArgumentTypeError(f"1/2 or 2/2 say, not {text!r}")
+    return int(k), int(n)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    part = config.getoption("--part")
+    if part is None:
+        return
+    k, n = part
+    chosen = [item for item in items if zlib.crc32(item.nodeid.encode()) % n == k - 1]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
+    items[:] = chosen
 
 
 @pytest.fixture(scope="session")
