@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import signal
 import sys
 from collections.abc import Callable, Iterable
+from types import FunctionType
 from typing import Any, Unpack
 
 from . import _anyfork, _exec, _options
@@ -30,21 +32,33 @@ def _check(fn: object, method: object) -> str:
     return method
 
 
+class _Pickler(pickle.Pickler):
+    """Notices whether something is to be found in the program itself."""
+
+    names_main = False
+
+    def reducer_override(self, obj: Any) -> Any:
+        # In a fresh worker the program is __mp_main__.
+        if isinstance(obj, type | FunctionType) and obj.__module__ in ("__main__", "__mp_main__"):
+            self.names_main = True
+        return NotImplemented
+
+
 def _pickled(fn: Callable[..., object], args: tuple[object, ...], method: str) -> bytes:
+    buffer = io.BytesIO()
+    pickler = _Pickler(buffer, protocol=5)
     try:
-        payload = pickle.dumps((fn, args), protocol=5)
+        pickler.dump((fn, args))
     except Exception as exc:
         raise TypeError(
             f"{method}: the target runs in another interpreter, so it and its arguments must be "
             f"picklable: {type(exc).__name__}: {exc}. Or use method='fork'"
         ) from exc
     main = None
-    # In a fresh worker the program is __mp_main__.
-    named = b"__main__" in payload or b"__mp_main__" in payload
-    if _TRAITS[method]["target"] == "fresh" and named:
+    if _TRAITS[method]["target"] == "fresh" and pickler.names_main:
         main = _main_program(method)
     path = [p for p in sys.path if isinstance(p, str)]
-    return pickle.dumps((path, sys.argv, main, payload), protocol=5)
+    return pickle.dumps((path, sys.argv, main, buffer.getvalue()), protocol=5)
 
 
 def _main_program(method: str) -> tuple[str, str]:

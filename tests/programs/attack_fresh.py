@@ -52,6 +52,12 @@ def give(n: int) -> bytes:
     return bytes(n)
 
 
+def check_a_name_is_not_the_program(place: str) -> None:
+    """Text that happens to be in an argument."""
+    for method in fresh():
+        same(anyfork.run(str, "__main__ __mp_main__", method=method), "__main__ __mp_main__")
+
+
 def check_results_of_any_size(place: str) -> None:
     for method in fresh():
         for n in (0, 5_000_000):
