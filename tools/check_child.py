@@ -52,6 +52,10 @@ ALLOWED = frozenset(
         "prctl",
         "setpriority",
         "syscall",
+        # Of forked workers only, once CPython and all hooks have settled.
+        "setgroups",
+        "setresgid",
+        "setresuid",
         # Of the other one of the two.
         "afk_child_give_up",
         "afk_child_join_session",

@@ -176,7 +176,15 @@ class Child(_anyfork.Child):
     ) -> None:
         self.close()
 
+    def detach(self) -> None:
+        """Let the worker outlive its owner and this handle, which then neither kills it
+        nor waits for it. Raises: MethodUnavailable for a thread of this process; SpawnError."""
+        super().detach()
+        self.__dict__["_detached"] = True
+
     def __del__(self) -> None:
+        if self.__dict__.get("_detached"):
+            return
         if not (self._closed or self._foreign or self._ended or self._poll()):
             end = "it goes on, unheard" if self.pid is None else "killed"
             warnings.warn(

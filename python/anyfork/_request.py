@@ -94,7 +94,9 @@ def _check_options(method: str, options: Options) -> dict[str, Any] | None:
 def _exec_options(options: Options) -> dict[str, Any]:
     prepared = _options.prepare("exec", options)
     # As subprocess does: a program should not find ignored what Python ignores.
-    prepared.setdefault("default_signals", [signal.SIGPIPE, signal.SIGXFSZ])
+    asked = prepared.get("ignored_signals", ())
+    ours = [sig for sig in (signal.SIGPIPE, signal.SIGXFSZ) if sig not in asked]
+    prepared.setdefault("default_signals", ours)
     return prepared
 
 

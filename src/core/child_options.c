@@ -13,6 +13,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <grp.h>
 #include <limits.h>
 #include <sched.h>
 #include <stdint.h>
@@ -58,7 +59,7 @@ afk_child_tell_guard(const struct afk_plan *plan)
     int fds[2] = {(int)syscall(SYS_pidfd_open, getpid(), 0), plan->setup->cgroup_kill};
     size_t size = (fds[1] >= 0 ? 2 : 1) * sizeof(int);
     const struct afk_guard_message message = {.op = AFK_GUARD_HOLD,
-                                              .pid = getpid(),
+                                              .token = plan->guard_token,
                                               .signal = plan->setup->lifeline_signal};
     union {
         struct cmsghdr header;
@@ -191,17 +192,18 @@ bury(int fd, void *arg)
 {
     int *placeholder = arg;
     if (*placeholder >= 0) {
-        (void)dup3(*placeholder, fd, O_CLOEXEC);
+        if (dup3(*placeholder, fd, O_CLOEXEC) < 0) /* beyond a limit that was lowered */
+            (void)close(fd);
         return;
     }
     (void)close(fd);
     int made = open("/", O_PATH | O_CLOEXEC);
-    if (made >= 0 && made != fd) {
-        (void)dup3(made, fd, O_CLOEXEC);
-        (void)close(made);
-    }
-    if (made >= 0)
+    if (made < 0)
+        return;
+    if (made == fd || dup3(made, fd, O_CLOEXEC) >= 0)
         *placeholder = fd;
+    if (made != fd)
+        (void)close(made);
 }
 
 void
@@ -310,17 +312,25 @@ set_limits(const struct afk_plan *plan)
     }
 }
 
+/* A system call is of the calling thread alone: right for a child that shares its
+ * owner's threads, as glibc sees it. A forked one may have threads of its own by now,
+ * which fork hooks have started: glibc changes the ids of all. */
 static void
 set_ids(const struct afk_plan *plan)
 {
     const struct afk_setup *setup = plan->setup;
-    if (setup->n_groups >= 0 && syscall(SYS_setgroups, (size_t)setup->n_groups, setup->groups) < 0)
-        give_up(plan, "groups");
+    bool shares = plan->failure != NULL;
+    size_t n = (size_t)setup->n_groups;
     gid_t gid = (gid_t)setup->group;
-    if (setup->group >= 0 && syscall(SYS_setresgid, gid, gid, gid) < 0)
-        give_up(plan, "group");
     uid_t uid = (uid_t)setup->user;
-    if (setup->user >= 0 && syscall(SYS_setresuid, uid, uid, uid) < 0)
+    if (setup->n_groups >= 0 &&
+        (shares ? syscall(SYS_setgroups, n, setup->groups) : setgroups(n, setup->groups)) < 0)
+        give_up(plan, "groups");
+    if (setup->group >= 0 &&
+        (shares ? syscall(SYS_setresgid, gid, gid, gid) : setresgid(gid, gid, gid)) < 0)
+        give_up(plan, "group");
+    if (setup->user >= 0 &&
+        (shares ? syscall(SYS_setresuid, uid, uid, uid) : setresuid(uid, uid, uid)) < 0)
         give_up(plan, "user");
 }
 

@@ -65,6 +65,7 @@ ssize_t afk_os_read(int fd, void *buf, size_t size);
 int afk_os_write_all(int fd, const void *buf, size_t size);
 int afk_os_send_byte(int fd, char byte);
 int afk_os_send_message(int fd, const void *message, size_t size);
+int afk_os_unread_by_peer(int fd); /* bytes in flight of a socket, unix(7) */
 bool afk_os_hung_up(int fd); /* the other end of a socket is gone */
 int afk_os_seqpacket_pair(int ret_fds[2]);
 void afk_os_close(int fd);
@@ -218,6 +219,7 @@ struct afk_plan {
     int tty_fd;       /* slave of the new controlling terminal, or -1 */
     int tty_master_fd;
     const struct afk_setup *setup; /* of a worker; NULL for fork() */
+    uint64_t guard_token; /* what the guard calls the worker */
     int guard_fd;         /* a copy of the owner's end of the guard's socket, or -1 */
     const int *keep;      /* beside the setup's: these stay open under their numbers */
     unsigned n_keep;
@@ -325,7 +327,10 @@ int afk_exec_start(struct afk_setup *setup, struct anyfork_child **ret_child,
  * if there is none. Or a negative enum anyfork_code with reterr filled. */
 int afk_guard_open(struct anyfork_error *reterr);
 /* It lets that worker, and its cgroup, live. */
-void afk_guard_drop(pid_t pid);
+void afk_guard_drop(uint64_t token);
+/* The calling thread is starting it: nothing may be reaped meanwhile, for that may want
+ * to tell the guard. */
+bool afk_guard_is_starting(void);
 
 /* ---- errors --------------------------------------------------------------- */
 /* Fills *reterr if it is not NULL; returns `code`. */

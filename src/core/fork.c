@@ -33,6 +33,7 @@ afk_plan_init(struct afk_plan *plan)
     plan->life_fd = plan->status_fd = plan->tty_fd = plan->tty_master_fd = -1;
     plan->setup = NULL;
     plan->guard_fd = -1;
+    plan->guard_token = 0;
     plan->keep = NULL;
     plan->n_keep = 0;
     plan->failure = NULL;
@@ -128,7 +129,9 @@ clone_vm(struct afk_plan *plan, void *stack, int *ret_pidfd)
         setup->cgroup_procs = -1; /* nothing left to do for the child */
         pid_t pid = AFK_SYS("clone3", clone_into_cgroup(plan, stack, ret_pidfd));
         setup->cgroup_procs = procs;
-        if (pid != -ENOSYS && pid != -EINVAL && pid != -EPERM)
+        /* No such call, or no such member of it; what the cgroup itself refuses is told
+         * by the child, which tries to move there. */
+        if (pid >= 0 || pid == -EAGAIN || pid == -ENOMEM)
             return pid;
     }
     int flags = CLONE_VM | CLONE_VFORK | CLONE_PIDFD | SIGCHLD;
@@ -141,14 +144,18 @@ afk_fork_exec(struct afk_plan *plan, int *ret_pidfd)
 {
     sigset_t all;
     void *stack;
+    int cancel;
     int r = afk_os_map_stack(CHILD_STACK, &stack);
     if (r < 0)
         return r;
+    /* The child has this thread's control block: it must not act on a cancellation. */
+    (void)pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &cancel);
     (void)sigfillset(&all);
     (void)pthread_sigmask(SIG_SETMASK, &all, &plan->caller_mask);
     *ret_pidfd = -1;
     pid_t pid = AFK_SYS("clone", clone_vm(plan, stack, ret_pidfd));
     (void)pthread_sigmask(SIG_SETMASK, &plan->caller_mask, NULL);
     afk_os_unmap_stack(stack, CHILD_STACK);
+    (void)pthread_setcancelstate(cancel, NULL);
     return pid;
 }

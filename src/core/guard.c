@@ -22,6 +22,7 @@
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static int guard_socket = -1; /* the owner's end */
+static _Thread_local bool starting;
 
 /* Async-signal-safe; the fd is closed by the table. */
 static void
@@ -117,7 +118,9 @@ afk_guard_open(struct anyfork_error *reterr)
     (void)pthread_mutex_lock(&lock);
     if (guard_socket >= 0 && afk_os_hung_up(guard_socket)) /* somebody has killed it */
         afk_lifeline_close(&guard_socket);
+    starting = true;
     int r = guard_socket >= 0 ? 0 : make(reterr);
+    starting = false;
     if (r == 0) {
         r = afk_os_dup_above(guard_socket, 3);
         if (r < 0)
@@ -127,10 +130,16 @@ afk_guard_open(struct anyfork_error *reterr)
     return r;
 }
 
-void
-afk_guard_drop(pid_t pid)
+bool
+afk_guard_is_starting(void)
 {
-    const struct afk_guard_message message = {.op = AFK_GUARD_DROP, .pid = pid};
+    return starting;
+}
+
+void
+afk_guard_drop(uint64_t token)
+{
+    const struct afk_guard_message message = {.op = AFK_GUARD_DROP, .token = token};
     (void)pthread_mutex_lock(&lock);
     if (guard_socket >= 0)
         (void)afk_os_send_message(guard_socket, &message, sizeof message);

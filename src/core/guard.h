@@ -13,8 +13,8 @@ enum afk_guard_op { AFK_GUARD_HOLD = 1, AFK_GUARD_DROP };
  * is meant. */
 struct afk_guard_message {
     uint32_t op; /* enum afk_guard_op */
-    int32_t pid; /* as the worker sees itself: the name of the entry, no more */
     int32_t signal;
+    uint64_t token; /* of the owner's, for one worker: pids are used again */
 };
 
 #endif

@@ -171,6 +171,13 @@ prepare_signals(struct afk_setup *setup, const struct anyfork_options *o,
     if (sigismember(&setup->ignored, SIGKILL) == 1 || sigismember(&setup->ignored, SIGSTOP) == 1)
         return INVALID(reterr, "ignored_signals: SIGKILL and SIGSTOP cannot be ignored");
     setup->sigint = o->sigint;
+    if (o->lifeline_signal != 0 && o->lifeline_signal != SIGKILL) {
+        if (sigismember(&setup->ignored, o->lifeline_signal) == 1 ||
+            sigismember(&setup->mask, o->lifeline_signal) == 1 ||
+            (o->lifeline_signal == SIGINT && o->sigint == ANYFORK_SIGINT_OWNER))
+            return INVALID(reterr, "lifeline_signal: the worker would ignore or block it");
+        (void)sigaddset(&setup->defaults, o->lifeline_signal);
+    }
     if (sigismember(&setup->ignored, SIGINT) != 1 && sigismember(&setup->defaults, SIGINT) != 1)
         (void)sigaddset(o->sigint == ANYFORK_SIGINT_OWNER ? &setup->ignored : &setup->defaults,
                         SIGINT);

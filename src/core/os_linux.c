@@ -55,7 +55,8 @@ afk_os_socketpair(int ret_fds[2])
 int
 afk_os_dup_above(int fd, int lowest)
 {
-    return AFK_SYS("fcntl(F_DUPFD_CLOEXEC)", result(fcntl(fd, F_DUPFD_CLOEXEC, lowest)));
+    int r = AFK_SYS("fcntl(F_DUPFD_CLOEXEC)", result(fcntl(fd, F_DUPFD_CLOEXEC, lowest)));
+    return r == -EINVAL ? -EMFILE : r; /* `lowest` is above the limit: none is left */
 }
 
 int
@@ -259,6 +260,13 @@ afk_os_send_message(int fd, const void *message, size_t size)
         r = AFK_SYS("send", result(send(fd, message, size, MSG_NOSIGNAL)));
     while (r == -EINTR);
     return r < 0 ? r : 0;
+}
+
+int
+afk_os_unread_by_peer(int fd)
+{
+    int n = 0;
+    return ioctl(fd, TIOCOUTQ, &n) < 0 ? -errno : n; /* SIOCOUTQ, by its older name */
 }
 
 bool

@@ -25,6 +25,8 @@
 #define DEATH_WAIT_NS ((int64_t)10 * 1000000000) /* for a child that was killed */
 
 #define REAP_TRIES 3
+#define ARMED_LOOK_US 200
+#define ARMED_TRIES 50000 /* ten seconds */
 
 struct anyfork_child {
     atomic_uint refs;     /* the owner's, and one for each call under way */
@@ -38,7 +40,7 @@ struct anyfork_child {
     int life_read;   /* keeps the worker's read end alive though it closes its own */
     int stdio[3];    /* our ends of its standard streams, until they are taken */
     bool detached;   /* lives on without us */
-    bool guarded;    /* and the guard knows of it */
+    uint64_t guard_token; /* 0: the guard does not know of it */
     struct anyfork_child *next; /* in the list of those whose handle is closed */
     bool ready;
     bool ended;
@@ -58,6 +60,7 @@ struct anyfork_child {
 };
 
 static atomic_uint n_held; /* handles of this process */
+static _Atomic(uint64_t) last_token;
 
 static void
 close_fds(struct anyfork_child *child)
@@ -84,8 +87,8 @@ afk_child_unref(struct anyfork_child *child)
     if (atomic_fetch_sub(&child->refs, 1) != 1)
         return;
     if (child->generation == afk_generation()) {
-        if (child->guarded && child->pid > 0)
-            afk_guard_drop(child->pid); /* it would hold on to the rest of a cgroup */
+        if (child->guard_token != 0 && child->pid > 0)
+            afk_guard_drop(child->guard_token); /* it would hold on to the rest of a cgroup */
         close_fds(child);
         atomic_fetch_sub(&n_held, 1);
     }
@@ -113,7 +116,7 @@ keep_to_reap(struct anyfork_child *child)
 static void
 reap_detached(void)
 {
-    if (let_go == NULL || pthread_mutex_trylock(&let_go_lock) != 0)
+    if (let_go == NULL || afk_guard_is_starting() || pthread_mutex_trylock(&let_go_lock) != 0)
         return;
     for (struct anyfork_child **link = &let_go; *link != NULL;) {
         struct anyfork_child *child = *link;
@@ -234,6 +237,26 @@ afk_child_new_in_process(struct anyfork_child **ret_child, int *ret_fd,
     return 0;
 }
 
+/* The worker's end is the owner's too until it is closed here: the write end's number
+ * is above it, for the reason that make_lifeline() gives. */
+static int
+keep_write_end_last(struct anyfork_child *child, int worker_end)
+{
+    if (child->life_write > worker_end)
+        return 0;
+    int higher = afk_os_dup_above(child->life_write, worker_end + 1);
+    if (higher < 0)
+        return higher;
+    int r = afk_lifeline_register(higher, true);
+    if (r < 0) {
+        afk_os_close(higher);
+        return r;
+    }
+    afk_lifeline_close(&child->life_write);
+    child->life_write = higher;
+    return 0;
+}
+
 /* *fd becomes a number that the worker does not need for something else. */
 static int
 raise_above(int *fd, int lowest)
@@ -267,13 +290,13 @@ afk_child_new(struct anyfork_child **ret_child, struct afk_plan *plan,
         what = "lifeline pipe";
         afk_lifeline_begin();
         r = make_lifeline(child, life);
+        if (r == 0)
+            r = life[0] = afk_os_dup_above(child->life_read, wants->lowest);
+        if (r >= 0)
+            r = keep_write_end_last(child, life[0]);
         afk_lifeline_end();
         if (r < 0)
             goto fail;
-        r = afk_os_dup_above(child->life_read, wants->lowest);
-        if (r < 0)
-            goto fail;
-        life[0] = r;
     }
     if (wants->guard) {
         r = afk_guard_open(reterr);
@@ -284,7 +307,7 @@ afk_child_new(struct anyfork_child **ret_child, struct afk_plan *plan,
             return r;
         }
         plan->guard_fd = r;
-        child->guarded = true;
+        plan->guard_token = child->guard_token = atomic_fetch_add(&last_token, 1) + 1;
     }
     plan->status_fd = status_fd;
     plan->life_fd = life[0];
@@ -658,6 +681,21 @@ anyfork_child_take_stdio(struct anyfork_child *child, int which)
     return fd;
 }
 
+/* A forked child arms its lifeline before it reads our byte: disarming has to come
+ * after. Bounded, for it may be stopped. */
+static void
+await_armed(struct anyfork_child *child)
+{
+    for (int tries = 0; tries < ARMED_TRIES && afk_child_poll(child) == 0; tries++) {
+        (void)pthread_mutex_lock(&child->lock);
+        int unread = child->status_fd >= 0 ? afk_os_unread_by_peer(child->status_fd) : 0;
+        (void)pthread_mutex_unlock(&child->lock);
+        if (unread <= 0)
+            return;
+        (void)usleep(ARMED_LOOK_US);
+    }
+}
+
 int
 anyfork_child_detach(struct anyfork_child *child)
 {
@@ -665,6 +703,7 @@ anyfork_child_detach(struct anyfork_child *child)
         return ANYFORK_EFOREIGN;
     if (child->in_process)
         return ANYFORK_EUNAVAILABLE;
+    await_armed(child);
     (void)pthread_mutex_lock(&child->lock);
     int r = 0;
     if (!child->ended && !child->detached && child->life_read >= 0) {
@@ -675,11 +714,11 @@ anyfork_child_detach(struct anyfork_child *child)
             afk_lifeline_close(&child->life_read);
         }
     }
-    if (r == 0 && child->guarded)
-        afk_guard_drop(child->pid);
     if (r == 0)
         child->detached = true;
     (void)pthread_mutex_unlock(&child->lock);
+    if (r == 0 && child->guard_token != 0)
+        afk_guard_drop(child->guard_token);
     if (r < 0) {
         errno = -r;
         return ANYFORK_ESYSTEM;

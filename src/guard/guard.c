@@ -29,7 +29,7 @@
 #endif
 
 struct held {
-    pid_t pid;
+    uint64_t token;
     int pidfd;
     int kill_fd; /* cgroup.kill, or -1 */
     int signal;
@@ -65,14 +65,14 @@ take(const struct afk_guard_message *message, int pidfd, int kill_fd)
 {
     if (message->op == AFK_GUARD_DROP) {
         for (size_t i = 0; i < n_held; i++) {
-            if (held[i].pid == message->pid) {
+            if (held[i].token == message->token) {
                 drop(i);
                 return;
             }
         }
         return;
     }
-    struct held h = {message->pid, pidfd, kill_fd, message->signal, false};
+    struct held h = {message->token, pidfd, kill_fd, message->signal, false};
     if (n_held == n_room) {
         size_t room = n_room > 0 ? 2 * n_room : 64;
         struct held *larger = realloc(held, room * sizeof *held);
@@ -117,6 +117,8 @@ receive(int flags)
 static _Noreturn void
 end_all(void)
 {
+    /* Who comes now is told by EPIPE, and gives up. */
+    (void)shutdown(AFK_GUARD_SOCKET, SHUT_RD);
     while (receive(MSG_DONTWAIT) > 0)
         ;
     for (size_t i = 0; i < n_held; i++)

@@ -414,9 +414,9 @@ def own(method: str, pipe: int, how: str) -> None:
     if how == "term":
         options = {"lifeline": signal.SIGTERM}
     child = anyfork.spawn(sleep_for_ever, method=method, **options)
-    child.wait_ready(LIMIT)
     if how == "detach":
-        child.detach()
+        child.detach()  # at once, before it can have armed anything
+    child.wait_ready(LIMIT)
     os.write(pipe, str(child.pid).encode())
     os._exit(0)
 
@@ -608,6 +608,8 @@ BAD: list[tuple[dict[str, Any], type[BaseException], str]] = [
     ),
     ({"sigint": "mine"}, ValueError, "sigint"),
     ({"lifeline": 100}, ValueError, "lifeline"),
+    ({"lifeline": signal.SIGINT}, ValueError, "lifeline"),
+    ({"lifeline": signal.SIGTERM, "signal_mask": [signal.SIGTERM]}, ValueError, "lifeline"),
     ({"lifeline": "yes"}, TypeError, "lifeline"),
     ({"scope": "world"}, ValueError, "scope"),
     ({"scope": "group"}, ValueError, "lifeline_scope"),
