@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 for _name in __all__:
-    if globals()[_name].__module__.startswith(f"{__name__}._") and _name not in ("fork", "forkpty"):
+    if _name not in ("fork", "forkpty"):  # in C, whose __module__ stays
         globals()[_name].__module__ = __name__
 del _name
 

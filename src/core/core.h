@@ -39,7 +39,7 @@ const char *afk_fault_last(void);
 
 /* ---- os_linux.c: system calls; each returns >= 0 or a negative errno ------ */
 int afk_os_pipe(int ret_fds[2], int flags);
-int afk_os_socketpair(int ret_fds[2]);
+int afk_os_socketpair(int ret_fds[2], int type); /* SOCK_STREAM, say */
 int afk_os_dup_above(int fd, int lowest);
 /* A thread of ours: the host's signals are not for it. */
 int afk_os_thread(pthread_t *ret_thread, void *(*run)(void *), void *arg);
@@ -63,11 +63,9 @@ int afk_os_map_stack(size_t size, void **ret_base);
 void afk_os_unmap_stack(void *base, size_t size);
 ssize_t afk_os_read(int fd, void *buf, size_t size);
 int afk_os_write_all(int fd, const void *buf, size_t size);
-int afk_os_send_byte(int fd, char byte);
-int afk_os_send_message(int fd, const void *message, size_t size);
+int afk_os_send(int fd, const void *message, size_t size);
 int afk_os_unread_by_peer(int fd); /* bytes in flight of a socket, unix(7) */
 bool afk_os_hung_up(int fd); /* the other end of a socket is gone */
-int afk_os_seqpacket_pair(int ret_fds[2]);
 void afk_os_close(int fd);
 int64_t afk_os_now_ns(void);
 /* Copies memory of this process, or fails with -EFAULT: never a signal. */
@@ -180,6 +178,13 @@ struct afk_setup {
     int owner_end[3];    /* of pipes */
 };
 
+/* What a start needs of its handle: afk_setup_wants(). */
+struct afk_child_wants {
+    int lowest;    /* the worker's ends get no lower number than this */
+    bool lifeline;
+    bool guard;
+};
+
 enum afk_setup_for { AFK_SETUP_EXEC, AFK_SETUP_FORK };
 /* Checks `options` (NULL: the defaults) and opens what they name. Returns 0; or a
  * negative code with reterr filled, and nothing left open. */
@@ -187,6 +192,7 @@ int afk_setup_prepare(struct afk_setup *setup, const struct anyfork_options *opt
                       enum afk_setup_for purpose, int report_to, struct anyfork_error *reterr);
 /* Frees and closes; twice does no harm. */
 void afk_setup_release(struct afk_setup *setup);
+struct afk_child_wants afk_setup_wants(const struct afk_setup *setup);
 
 /* ---- fork.c, child.c, child_options.c --------------------------------------- */
 #define AFK_STORES_MAX 512
@@ -256,12 +262,6 @@ void afk_child_apply(const struct afk_plan *plan);
 _Noreturn void afk_child_exec(const struct afk_plan *plan);
 
 /* ---- process.c ------------------------------------------------------------ */
-/* What a start needs of its handle. */
-struct afk_child_wants {
-    int lowest;    /* the worker's ends get no lower number than this */
-    bool lifeline;
-    bool guard;
-};
 /* New handle with its pipes; the worker's ends are put in the plan.
  * Returns 0 or a negative enum anyfork_code with reterr filled. */
 int afk_child_new(struct anyfork_child **ret_child, struct afk_plan *plan,

@@ -38,9 +38,7 @@ afk_exec_start(struct afk_setup *setup, struct anyfork_child **ret_child,
 {
     struct afk_plan plan;
     struct anyfork_child *child = NULL;
-    const struct afk_child_wants wants = {.lowest = setup->lowest,
-                                          .lifeline = setup->lifeline_signal != 0,
-                                          .guard = setup->guarded};
+    const struct afk_child_wants wants = afk_setup_wants(setup);
     afk_plan_init(&plan);
     int r = afk_child_new(&child, &plan, &wants, reterr);
     if (r < 0)

@@ -15,6 +15,7 @@
 #include <pthread.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/socket.h>
 #include <unistd.h>
 
 #define GUARD "anyfork-guard"
@@ -89,7 +90,7 @@ static int
 make(struct anyfork_error *reterr)
 {
     int pair[2], owner, r;
-    r = afk_os_seqpacket_pair(pair);
+    r = afk_os_socketpair(pair, SOCK_SEQPACKET);
     if (r < 0)
         return AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_LIFELINE, -r, "guard's socket");
     owner = afk_os_pidfd_open(getpid());
@@ -142,6 +143,6 @@ afk_guard_drop(uint64_t token)
     const struct afk_guard_message message = {.op = AFK_GUARD_DROP, .token = token};
     (void)pthread_mutex_lock(&lock);
     if (guard_socket >= 0)
-        (void)afk_os_send_message(guard_socket, &message, sizeof message);
+        (void)afk_os_send(guard_socket, &message, sizeof message);
     (void)pthread_mutex_unlock(&lock);
 }

@@ -15,7 +15,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/resource.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #define CPUS_MAX 65536
@@ -472,6 +471,14 @@ afk_setup_prepare(struct afk_setup *setup, const struct anyfork_options *options
     if (r < 0)
         afk_setup_release(setup);
     return r;
+}
+
+struct afk_child_wants
+afk_setup_wants(const struct afk_setup *setup)
+{
+    return (struct afk_child_wants){.lowest = setup->lowest,
+                                    .lifeline = setup->lifeline_signal != 0,
+                                    .guard = setup->guarded};
 }
 
 void

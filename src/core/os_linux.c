@@ -47,9 +47,9 @@ afk_os_pipe(int ret_fds[2], int flags)
 }
 
 int
-afk_os_socketpair(int ret_fds[2])
+afk_os_socketpair(int ret_fds[2], int type)
 {
-    return AFK_SYS("socketpair", result(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ret_fds)));
+    return AFK_SYS("socketpair", result(socketpair(AF_UNIX, type | SOCK_CLOEXEC, 0, ret_fds)));
 }
 
 int
@@ -243,17 +243,7 @@ afk_os_write_all(int fd, const void *buf, size_t size)
 
 /* A closed peer is an error, never a SIGPIPE. */
 int
-afk_os_send_byte(int fd, char byte)
-{
-    int r;
-    do
-        r = AFK_SYS("send", result(send(fd, &byte, 1, MSG_NOSIGNAL)));
-    while (r == -EINTR);
-    return r < 0 ? r : 0;
-}
-
-int
-afk_os_send_message(int fd, const void *message, size_t size)
+afk_os_send(int fd, const void *message, size_t size)
 {
     int r;
     do
@@ -274,12 +264,6 @@ afk_os_hung_up(int fd)
 {
     struct pollfd p = {.fd = fd};
     return poll(&p, 1, 0) > 0 && (p.revents & (POLLHUP | POLLERR)) != 0;
-}
-
-int
-afk_os_seqpacket_pair(int ret_fds[2])
-{
-    return AFK_SYS("socketpair", result(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ret_fds)));
 }
 
 void

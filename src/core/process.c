@@ -19,6 +19,7 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -203,7 +204,7 @@ make_report_socket(struct anyfork_child *child, int *ret_fd)
 {
     int status[2];
     *ret_fd = -1;
-    int r = afk_os_socketpair(status);
+    int r = afk_os_socketpair(status, SOCK_STREAM);
     if (r < 0)
         return r;
     child->status_fd = status[0];
@@ -300,12 +301,8 @@ afk_child_new(struct anyfork_child **ret_child, struct afk_plan *plan,
     }
     if (wants->guard) {
         r = afk_guard_open(reterr);
-        if (r < 0) {
-            afk_os_close(status_fd);
-            afk_os_close(life[0]);
-            afk_child_unref(child);
-            return r;
-        }
+        if (r < 0)
+            goto fail_told;
         plan->guard_fd = r;
         plan->guard_token = child->guard_token = atomic_fetch_add(&last_token, 1) + 1;
     }
@@ -315,12 +312,14 @@ afk_child_new(struct anyfork_child **ret_child, struct afk_plan *plan,
     return 0;
 
 fail:
+    r = AFK_FAIL(reterr, ANYFORK_ESYSTEM, r == -ENOMEM ? ANYFORK_STAGE_MEMORY : ANYFORK_STAGE_PIPE,
+                 -r, what);
+fail_told:
     afk_os_close(status_fd);
     afk_os_close(life[0]);
     afk_os_close(life[1]);
     afk_child_unref(child);
-    return AFK_FAIL(reterr, ANYFORK_ESYSTEM, r == -ENOMEM ? ANYFORK_STAGE_MEMORY : ANYFORK_STAGE_PIPE,
-                    -r, what);
+    return r;
 }
 
 static void
@@ -350,7 +349,7 @@ afk_child_adopt(struct anyfork_child *child, pid_t pid, struct afk_plan *plan,
     if (r < 0)
         goto fail;
     stage = ANYFORK_STAGE_HANDSHAKE;
-    r = afk_os_send_byte(child->status_fd, 'g');
+    r = afk_os_send(child->status_fd, "g", 1);
     if (r < 0 && r != -EPIPE) /* EPIPE: it is dead already, and its status will tell */
         goto fail;
     return 0;
@@ -520,8 +519,7 @@ reap(struct anyfork_child *child, bool block)
 static bool
 hung_up(const struct anyfork_child *child)
 {
-    struct pollfd p = {.fd = child->status_fd};
-    return child->status_fd < 0 || (poll(&p, 1, 0) > 0 && (p.revents & POLLHUP) != 0);
+    return child->status_fd < 0 || afk_os_hung_up(child->status_fd);
 }
 
 static void

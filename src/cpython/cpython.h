@@ -183,8 +183,7 @@ struct afk_job {
     const struct anyfork_options *options; /* NULL: the defaults */
     int report_to;        /* PROGRAM: what its end of the report socket is, or -1 */
     struct afk_setup *setup; /* of a process: filled by afk_start() */
-    int lowest;           /* setup->lowest: that may be gone while a launch pad looks */
-    bool lifeline, guard; /* setup->lifeline_signal != 0, setup->guarded */
+    struct afk_child_wants wants; /* of setup, which may be gone while a launch pad looks */
     anyfork_main entry;
     void *arg;
     PyObject *callable, *args;  /* borrowed: the caller keeps them */

@@ -43,9 +43,7 @@ start_here(const struct afk_method *method, const struct afk_job *job,
                                                                      : PyInterpreterState_Main();
 
     afk_forking_init(&f, AFK_FORK_WORKER);
-    const struct afk_child_wants wants = {.lowest = job->lowest, .lifeline = job->lifeline,
-                                          .guard = job->guard};
-    int r = afk_child_new(&child, &f.plan, &wants, reterr);
+    int r = afk_child_new(&child, &f.plan, &job->wants, reterr);
     if (r < 0)
         return r;
     f.child = child;
@@ -145,9 +143,7 @@ start_with_options(const struct afk_method *method, struct afk_job *job,
     if (r < 0)
         return r;
     job->setup = &setup;
-    job->lowest = setup.lowest;
-    job->lifeline = setup.lifeline_signal != 0;
-    job->guard = setup.guarded;
+    job->wants = afk_setup_wants(&setup);
     r = method->start(method, job, ret_child, reterr);
     if (r == 0)
         afk_child_set_stdio(*ret_child, &setup);

@@ -200,6 +200,23 @@ child_poll(PyObject *op, PyObject *Py_UNUSED(args))
     return PyBool_FromLong(r == 1);
 }
 
+/* What came of a call that acts on the worker: None, or its exception. `stage`: that of a
+ * system call that failed. */
+static PyObject *
+done(struct child_object *self, struct anyfork_child *child, int r, int stage,
+     const char *why_no_thread)
+{
+    int errnum = errno;
+    afk_child_unref(child);
+    if (r == ANYFORK_EFOREIGN)
+        return foreign(self);
+    if (r == ANYFORK_EUNAVAILABLE)
+        return raise_code(self, r, ANYFORK_STAGE_SIGNAL, 0, why_no_thread);
+    if (r < 0)
+        return raise_code(self, ANYFORK_ESYSTEM, stage, errnum, NULL);
+    Py_RETURN_NONE;
+}
+
 static PyObject *
 child_signal(PyObject *op, PyObject *arg)
 {
@@ -216,16 +233,8 @@ child_signal(PyObject *op, PyObject *arg)
         return raise_closed();
     }
     int r = anyfork_child_signal(child, sig);
-    int errnum = errno;
-    afk_child_unref(child);
-    if (r == ANYFORK_EFOREIGN)
-        return foreign(self);
-    if (r == ANYFORK_EUNAVAILABLE)
-        return raise_code(self, r, ANYFORK_STAGE_SIGNAL, 0,
-                          "it is a thread of this process, and a thread cannot be killed");
-    if (r < 0)
-        return raise_code(self, ANYFORK_ESYSTEM, ANYFORK_STAGE_SIGNAL, errnum, NULL);
-    Py_RETURN_NONE;
+    return done(self, child, r, ANYFORK_STAGE_SIGNAL,
+                "it is a thread of this process, and a thread cannot be killed");
 }
 
 /* _take_stdio(which) -> fd, the caller's from now on, or -1. */
@@ -250,16 +259,8 @@ child_detach(PyObject *op, PyObject *Py_UNUSED(args))
     if (child == NULL)
         return raise_closed();
     int r = anyfork_child_detach(child);
-    int errnum = errno;
-    afk_child_unref(child);
-    if (r == ANYFORK_EFOREIGN)
-        return foreign(self);
-    if (r == ANYFORK_EUNAVAILABLE)
-        return raise_code(self, r, ANYFORK_STAGE_SIGNAL, 0,
-                          "it is a thread of this process, and ends with it");
-    if (r < 0)
-        return raise_code(self, ANYFORK_ESYSTEM, ANYFORK_STAGE_LIFELINE, errnum, NULL);
-    Py_RETURN_NONE;
+    return done(self, child, r, ANYFORK_STAGE_LIFELINE,
+                "it is a thread of this process, and ends with it");
 }
 
 static PyObject *

@@ -256,7 +256,7 @@ test_a_signal_before_the_repair_waits_until_after_it(void **state)
     struct afk_plan plan;
     int sockets[2];
     (void)state;
-    assert_int_equal(afk_os_socketpair(sockets), 0);
+    assert_int_equal(afk_os_socketpair(sockets, SOCK_STREAM), 0);
     const struct sigaction mine = {.sa_handler = parents_handler};
     assert_int_equal(sigaction(SIGTERM, &mine, &before), 0);
     afk_plan_init(&plan);
@@ -286,7 +286,7 @@ with_lifeline(bool byte, bool has_socket, struct afk_report *ret_report, int lif
     struct afk_plan plan;
     int life[2], sockets[2], answer;
     assert_int_equal(pipe2(life, O_CLOEXEC), 0);
-    assert_int_equal(afk_os_socketpair(sockets), 0);
+    assert_int_equal(afk_os_socketpair(sockets, SOCK_STREAM), 0);
     if (byte)
         assert_int_equal(write(sockets[0], "g", 1), 1);
     else
@@ -431,7 +431,7 @@ test_what_is_no_terminal_is_reported(void **state)
     int fds[2], sockets[2];
     (void)state;
     assert_int_equal(pipe2(fds, O_CLOEXEC), 0);
-    assert_int_equal(afk_os_socketpair(sockets), 0);
+    assert_int_equal(afk_os_socketpair(sockets, SOCK_STREAM), 0);
     assert_int_equal(write(sockets[0], "g", 1), 1);
     afk_plan_init(&plan);
     plan.tty_fd = fds[0];

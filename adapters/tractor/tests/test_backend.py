@@ -34,6 +34,16 @@ def run(main: partial) -> object:  # type: ignore[type-arg]
     return trio.run(bounded)
 
 
+def failure_of(main: partial) -> BaseException:  # type: ignore[type-arg]
+    """What it raises, out of the groups that nurseries put it in."""
+    with pytest.raises(BaseException) as caught:
+        run(main)
+    found = caught.value
+    while isinstance(found, BaseExceptionGroup):
+        found = found.exceptions[0]
+    return found
+
+
 def nursery(method: str, port: int):  # type: ignore[no-untyped-def]
     return tractor.open_nursery(start_method=method, registry_addrs=[("127.0.0.1", port)])
 
@@ -114,11 +124,7 @@ def test_death_while_booting_is_an_error(method: str, port: int, monkeypatch) ->
         async with nursery(method, port) as an:
             await an.start_actor("stillborn")
 
-    with pytest.raises(BaseException) as caught:
-        run(main)
-    found = caught.value
-    while isinstance(found, BaseExceptionGroup):
-        found = found.exceptions[0]
+    found = failure_of(main)
     assert "before its actor had connected" in str(found), repr(found)
     assert isinstance(found.__cause__, LookupError), found.__cause__
 
@@ -179,11 +185,7 @@ def test_no_actor_in_a_subinterpreter(method: str, port: int) -> None:
         async with nursery(method, port) as an:
             await an.start_actor("nowhere")
 
-    with pytest.raises(BaseException) as caught:
-        run(main)
-    found = caught.value
-    while isinstance(found, BaseExceptionGroup):
-        found = found.exceptions[0]
+    found = failure_of(main)
     assert isinstance(found, anyfork.MethodUnavailable), repr(found)
     assert "msgspec" in str(found)
 
