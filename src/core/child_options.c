@@ -33,6 +33,7 @@
 #endif
 
 #define FD_FOLDER "/proc/self/fd"
+#define TASK_FOLDER "/proc/self/task"
 #define FDS_WITHOUT_PROC 65536 /* how far is looked where there is no /proc */
 
 static _Noreturn void
@@ -93,8 +94,7 @@ next_kept(const struct afk_plan *plan, int from)
 {
     const struct afk_setup *setup = plan->setup;
     int found = INT_MAX;
-    const int ours[] = {setup->report_to >= 0 ? -1 : plan->status_fd, plan->life_fd,
-                        setup->cgroup_procs};
+    const int ours[] = {plan->status_fd, plan->life_fd, setup->cgroup_procs};
     for (unsigned i = 0; i < sizeof ours / sizeof *ours; i++)
         if (ours[i] >= from && ours[i] < found)
             found = ours[i];
@@ -123,21 +123,15 @@ check_targets(const struct afk_plan *plan)
                                   "fds: a stream or log has that number");
 }
 
-/* Calls `visit` for each open descriptor from 3 on that is not kept. */
-static void
-for_each_inherited(struct afk_plan *plan, void (*visit)(int fd, void *arg), void *arg)
+/* Calls `visit` for each entry of a folder of /proc whose name is a number. False: there
+ * is no such folder. */
+static bool
+for_each_number(const char *folder, void (*visit)(int number, void *arg), void *arg)
 {
     char buffer[4096] __attribute__((aligned(8)));
-    int dir = open(FD_FOLDER, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    if (dir < 0) {
-        struct rlimit limit = {.rlim_cur = FDS_WITHOUT_PROC};
-        (void)getrlimit(RLIMIT_NOFILE, &limit);
-        int end = limit.rlim_cur < FDS_WITHOUT_PROC ? (int)limit.rlim_cur : FDS_WITHOUT_PROC;
-        for (int fd = 3; fd < end; fd++)
-            if (next_kept(plan, fd) != fd && fcntl(fd, F_GETFD) >= 0)
-                visit(fd, arg);
-        return;
-    }
+    int dir = open(folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (dir < 0)
+        return false;
     for (;;) {
         long n = syscall(SYS_getdents64, dir, buffer, sizeof buffer);
         if (n <= 0)
@@ -145,24 +139,53 @@ for_each_inherited(struct afk_plan *plan, void (*visit)(int fd, void *arg), void
         for (long at = 0; at < n;) {
             /* linux/dirent.h: ino, off, reclen, type, name */
             unsigned short size = *(unsigned short *)(void *)(buffer + at + 16);
-            int fd = 0;
-            bool number = false;
-            for (const char *p = buffer + at + 19; *p >= '0' && *p <= '9'; p++) {
-                fd = fd * 10 + (*p - '0');
-                number = true;
-            }
-            if (number && fd >= 3 && fd != dir && next_kept(plan, fd) != fd)
-                visit(fd, arg);
+            int number = 0;
+            const char *p = buffer + at + 19;
+            bool is_number = *p >= '0' && *p <= '9';
+            for (; *p >= '0' && *p <= '9'; p++)
+                number = number * 10 + (*p - '0');
+            if (is_number && number != dir)
+                visit(number, arg);
             at += size;
         }
     }
     (void)close(dir);
+    return true;
+}
+
+struct inherited {
+    const struct afk_plan *plan;
+    void (*visit)(int fd, int *placeholder);
+    int placeholder;
+};
+
+static void
+visit_inherited(int fd, void *arg)
+{
+    struct inherited *inherited = arg;
+    if (fd >= 3 && next_kept(inherited->plan, fd) != fd)
+        inherited->visit(fd, &inherited->placeholder);
+}
+
+/* Calls `visit` for each open descriptor from 3 on that is not kept. */
+static void
+for_each_inherited(const struct afk_plan *plan, void (*visit)(int fd, int *placeholder))
+{
+    struct inherited inherited = {plan, visit, -1};
+    if (for_each_number(FD_FOLDER, visit_inherited, &inherited))
+        return;
+    struct rlimit limit = {.rlim_cur = FDS_WITHOUT_PROC};
+    (void)getrlimit(RLIMIT_NOFILE, &limit);
+    int end = limit.rlim_cur < FDS_WITHOUT_PROC ? (int)limit.rlim_cur : FDS_WITHOUT_PROC;
+    for (int fd = 3; fd < end; fd++)
+        if (fcntl(fd, F_GETFD) >= 0)
+            visit_inherited(fd, &inherited);
 }
 
 static void
-close_one(int fd, void *arg)
+close_one(int fd, int *placeholder)
 {
-    (void)arg;
+    (void)placeholder;
     (void)close(fd);
 }
 
@@ -176,7 +199,7 @@ close_inherited(struct afk_plan *plan)
         if (kept > from &&
             syscall(SYS_close_range, (unsigned)from, kept == INT_MAX ? UINT_MAX : (unsigned)kept - 1,
                     0) < 0) {
-            for_each_inherited(plan, close_one, NULL); /* Linux 5.8 and older */
+            for_each_inherited(plan, close_one); /* Linux 5.8 and older */
             return;
         }
         if (kept == INT_MAX)
@@ -187,9 +210,8 @@ close_inherited(struct afk_plan *plan)
 
 /* A placeholder needs no number of its own: it takes the first that it replaces. */
 static void
-bury(int fd, void *arg)
+bury(int fd, int *placeholder)
 {
-    int *placeholder = arg;
     if (*placeholder >= 0) {
         if (dup3(*placeholder, fd, O_CLOEXEC) < 0) /* beyond a limit that was lowered */
             (void)close(fd);
@@ -210,7 +232,7 @@ afk_child_place_fds(struct afk_plan *plan)
 {
     const struct afk_setup *setup = plan->setup;
     bool executes = setup->argv != NULL;
-    int above = setup->lowest, placeholder = -1;
+    int above = setup->lowest;
 
     check_targets(plan);
     if (above <= plan->status_fd)
@@ -240,10 +262,16 @@ afk_child_place_fds(struct afk_plan *plan)
     for (unsigned i = 0; i < setup->n_moves; i++)
         if (setup->move[i].park)
             (void)close(setup->move[i].from);
+    /* A worker that inherits all has no use for what its own start has opened. */
+    const int spent[] = {setup->opened[0], setup->opened[1], setup->opened[2], setup->cgroup_dir,
+                         setup->cgroup_kill};
+    for (unsigned i = 0; i < sizeof spent / sizeof *spent && !executes; i++)
+        if (spent[i] > 2 && next_kept(plan, spent[i]) != spent[i])
+            (void)close(spent[i]);
     if (setup->fd_policy == ANYFORK_FDS_CLOSE)
         close_inherited(plan);
     else if (setup->fd_policy == ANYFORK_FDS_TOMBSTONE)
-        for_each_inherited(plan, bury, &placeholder);
+        for_each_inherited(plan, bury);
 }
 
 /* ---- signals ------------------------------------------------------------------- */
@@ -291,13 +319,36 @@ set_oom_score(const struct afk_plan *plan)
     (void)close(fd);
 }
 
+/* Of a thread: the kernel keeps both apart for each. ESRCH: it has ended meanwhile. */
 static void
-set_nice(const struct afk_plan *plan)
+set_nice(int tid, void *arg)
 {
+    const struct afk_plan *plan = arg;
     errno = 0;
-    int now = getpriority(PRIO_PROCESS, 0);
-    if (errno != 0 || setpriority(PRIO_PROCESS, 0, now + plan->setup->nice) < 0)
+    int now = getpriority(PRIO_PROCESS, (id_t)tid);
+    if (errno == 0 && setpriority(PRIO_PROCESS, (id_t)tid, now + plan->setup->nice) == 0)
+        return;
+    if (errno != ESRCH)
         give_up(plan, "nice");
+}
+
+static void
+set_cpus(int tid, void *arg)
+{
+    const struct afk_plan *plan = arg;
+    if (syscall(SYS_sched_setaffinity, tid, plan->setup->cpus_size, plan->setup->cpus) < 0 &&
+        errno != ESRCH)
+        give_up(plan, "cpus");
+}
+
+/* A forked worker may have threads by now, which fork hooks have started; one that
+ * shares its owner's memory has itself alone. */
+static void
+for_each_thread(const struct afk_plan *plan, void (*set)(int tid, void *arg))
+{
+    void *arg = (void *)(uintptr_t)plan;
+    if (plan->failure != NULL || !for_each_number(TASK_FOLDER, set, arg))
+        set(0, arg);
 }
 
 static void
@@ -385,9 +436,9 @@ afk_child_apply(const struct afk_plan *plan)
     if (setup->oom_score_adj != ANYFORK_OOM_KEEP)
         set_oom_score(plan);
     if (setup->nice != 0)
-        set_nice(plan);
-    if (setup->cpus != NULL && syscall(SYS_sched_setaffinity, 0, setup->cpus_size, setup->cpus) < 0)
-        give_up(plan, "cpus");
+        for_each_thread(plan, set_nice);
+    if (setup->cpus != NULL)
+        for_each_thread(plan, set_cpus);
     set_limits(plan);
     if (setup->cwd != NULL && chdir(setup->cwd) < 0)
         give_up(plan, "cwd");

@@ -124,6 +124,9 @@ int afk_lifeline_register(int fd, bool is_write_end);
 /* No other thread forks between these two. Few system calls, and nothing that forks. */
 void afk_lifeline_begin(void);
 void afk_lifeline_end(void);
+/* The calling thread's next fork is the start of the worker that these are for: it keeps
+ * them. n = 0: none, as before. */
+void afk_lifeline_spare(const int *fds, unsigned n);
 /* It is somebody else's from here on. */
 void afk_lifeline_forget(int fd);
 /* Forgets and closes fd, in the order that no fork can race. */

@@ -57,7 +57,10 @@ afk_fork(struct afk_plan *plan)
     int r = pthread_sigmask(SIG_SETMASK, &all, &plan->caller_mask);
     if (r != 0)
         return -r;
+    if (plan->setup != NULL)
+        afk_lifeline_spare(plan->setup->opened, 3);
     pid_t pid = AFK_SYS("fork", (pid = fork()) < 0 ? -errno : pid);
+    afk_lifeline_spare(NULL, 0);
     if (pid == 0) {
         afk_child_repair(plan);
         return 0;

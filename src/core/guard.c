@@ -11,9 +11,9 @@
 
 #include <dlfcn.h>
 #include <errno.h>
-#include <limits.h>
 #include <pthread.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -24,6 +24,7 @@
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static int guard_socket = -1; /* the owner's end */
 static _Thread_local bool starting;
+static char *path; /* of the program: beside the library; NULL: not known */
 
 /* Async-signal-safe; the fd is closed by the table. */
 static void
@@ -33,32 +34,33 @@ in_forked_child(void)
     lock = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
 }
 
-__attribute__((constructor)) static void
-loaded(void)
-{
-    afk_at_fork_child(in_forked_child);
-}
-
-/* Beside the library. */
-static int
-find_guard(char *ret_path, size_t size)
+/* While the library is loaded: the name it was loaded by may be relative to a folder
+ * that is not the current one any more when the guard is needed. */
+static void
+find_guard(void)
 {
     Dl_info info;
     if (dladdr((void *)(uintptr_t)find_guard, &info) == 0 || info.dli_fname == NULL)
-        return -ENOENT;
-    const char *slash = strrchr(info.dli_fname, '/');
-    int n = snprintf(ret_path, size, "%.*s" GUARD, slash ? (int)(slash - info.dli_fname) + 1 : 0,
-                     info.dli_fname);
-    return n < 0 || (size_t)n >= size ? -ENAMETOOLONG : 0;
+        return;
+    char *library = realpath(info.dli_fname, NULL);
+    char *slash = library != NULL ? strrchr(library, '/') : NULL;
+    if (slash != NULL && asprintf(&path, "%.*s/" GUARD, (int)(slash - library), library) < 0)
+        path = NULL;
+    free(library);
+}
+
+__attribute__((constructor)) static void
+loaded(void)
+{
+    find_guard();
+    afk_at_fork_child(in_forked_child);
 }
 
 static int
 start(int worker_end, int owner, struct anyfork_error *reterr)
 {
-    char path[PATH_MAX];
-    int r = find_guard(path, sizeof path);
-    if (r < 0)
-        return AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_LIFELINE, -r, GUARD);
+    if (path == NULL)
+        return AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_LIFELINE, ENOENT, GUARD);
     const char *const argv[] = {path, NULL}, *const env[] = {NULL};
     const struct anyfork_fd fds[] = {{worker_end, AFK_GUARD_SOCKET}, {owner, AFK_GUARD_OWNER}};
     struct anyfork_options options;
@@ -73,7 +75,7 @@ start(int worker_end, int owner, struct anyfork_error *reterr)
     options.lifeline_signal = 0;           /* it has an end of its own */
     for (int i = 0; i < 3; i++)
         options.stdio[i].kind = ANYFORK_STDIO_NULL;
-    r = anyfork_spawn_argv(&options, &child, reterr);
+    int r = anyfork_spawn_argv(&options, &child, reterr);
     if (r < 0)
         return r;
     /* It goes into the background at once: a child that never ends would be in the way

@@ -41,6 +41,8 @@ static atomic_uint n_hooks;
  * thread, with which the maker may have no GIL in common. A fork waits for a bounded
  * time only: it may come from a signal handler that interrupted the maker. */
 static pthread_mutex_t window = PTHREAD_MUTEX_INITIALIZER;
+static _Thread_local const int *spared; /* fds that the next fork of this thread keeps */
+static _Thread_local unsigned n_spared;
 static atomic_bool forking;       /* the window's holder is a fork, */
 static _Atomic(pthread_t) forker; /* of this thread */
 
@@ -77,6 +79,22 @@ after_fork_in_parent(void)
     }
 }
 
+void
+afk_lifeline_spare(const int *fds, unsigned n)
+{
+    spared = fds;
+    n_spared = n;
+}
+
+static bool
+is_spared(int fd)
+{
+    for (unsigned i = 0; i < n_spared; i++)
+        if (spared[i] == fd)
+            return true;
+    return false;
+}
+
 /* Async-signal-safe: it runs inside fork(2) of any thread, see
  * pthread_atfork(3). */
 static void
@@ -92,7 +110,8 @@ in_forked_child(void)
                 if (value == 0 || (write_ends && (value & WRITE_END) == 0))
                     continue;
                 atomic_store(&c->slot[i], 0);
-                (void)close(FD(value));
+                if (!is_spared(FD(value)))
+                    (void)close(FD(value));
             }
         }
     }

@@ -203,12 +203,30 @@ stdio_error(struct anyfork_error *reterr, int which, int code, int errnum, const
                     detail);
 }
 
+/* The worker's end, or a negative errno. No forked child keeps either end: whoever reads
+ * the other would wait for that child too. */
+static int
+open_pipe(struct afk_setup *setup, int which)
+{
+    int ends[2];
+    afk_lifeline_begin();
+    int r = afk_os_pipe(ends, O_CLOEXEC);
+    if (r == 0) {
+        setup->opened[which] = ends[which == 0 ? 0 : 1];
+        setup->owner_end[which] = ends[which == 0 ? 1 : 0];
+        for (int i = 0; i < 2 && r == 0; i++)
+            r = afk_lifeline_register(ends[i], false);
+    }
+    afk_lifeline_end();
+    return r < 0 ? r : setup->opened[which];
+}
+
 /* What the worker's standard stream `which` is: *ret_fd, or -1 for the owner's. */
 static int
 open_stdio(struct afk_setup *setup, const struct anyfork_stdio *stdio, int which, int *ret_fd,
            struct anyfork_error *reterr)
 {
-    int fd, ends[2];
+    int fd;
     *ret_fd = -1;
     switch (stdio->kind) {
     case ANYFORK_STDIO_INHERIT:
@@ -217,11 +235,7 @@ open_stdio(struct afk_setup *setup, const struct anyfork_stdio *stdio, int which
         fd = afk_os_open(AT_FDCWD, "/dev/null", which == 0 ? O_RDONLY : O_WRONLY, 0);
         break;
     case ANYFORK_STDIO_PIPE:
-        fd = afk_os_pipe(ends, O_CLOEXEC);
-        if (fd == 0) {
-            setup->owner_end[which] = ends[which == 0 ? 1 : 0];
-            fd = ends[which == 0 ? 0 : 1];
-        }
+        fd = open_pipe(setup, which);
         break;
     case ANYFORK_STDIO_FD:
         if (!afk_os_fd_is_open(stdio->fd))
@@ -485,9 +499,8 @@ void
 afk_setup_release(struct afk_setup *setup)
 {
     for (int i = 0; i < 3; i++) {
-        afk_os_close(setup->opened[i]);
-        afk_os_close(setup->owner_end[i]);
-        setup->opened[i] = setup->owner_end[i] = -1;
+        afk_lifeline_close(&setup->opened[i]);
+        afk_lifeline_close(&setup->owner_end[i]);
     }
     afk_os_close(setup->cgroup_dir);
     afk_os_close(setup->cgroup_procs);

@@ -386,9 +386,6 @@ afk_child_set_stdio(struct anyfork_child *child, struct afk_setup *setup)
     for (int i = 0; i < 3; i++) {
         child->stdio[i] = setup->owner_end[i];
         setup->owner_end[i] = -1;
-        /* Out of memory: forked children keep a copy, as of any other file. */
-        if (child->stdio[i] >= 0)
-            (void)afk_lifeline_register(child->stdio[i], false);
     }
 }
 

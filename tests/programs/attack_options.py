@@ -106,6 +106,27 @@ def check_numbers(place: str) -> None:
             same((method, there["oom"]), (method, 500))
 
 
+def numbers_of_each_thread() -> list[tuple[int, list[int]]]:
+    tids = [int(name) for name in os.listdir("/proc/self/task")]
+    return [
+        (os.getpriority(os.PRIO_PROCESS, tid), sorted(os.sched_getaffinity(tid))) for tid in tids
+    ]
+
+
+def start_a_thread() -> None:
+    threading.Thread(target=sleep_for_ever, daemon=True).start()
+
+
+@places("main")
+def check_numbers_of_threads_that_hooks_start(place: str) -> None:
+    nice = os.getpriority(os.PRIO_PROCESS, 0)
+    os.register_at_fork(after_in_child=start_a_thread)
+    for method in main_targets():
+        there = anyfork.run(numbers_of_each_thread, method=method, nice=3, cpus=[CPU])
+        assert len(there) > 1 or method == "exec", method
+        same((method, there), (method, [(min(nice + 3, 19), [CPU])] * len(there)))
+
+
 def check_name(place: str) -> None:
     for method in processes():
         there = state_by(method, name="crunch-the-numbers")
@@ -242,6 +263,34 @@ def check_pipes(place: str) -> None:
             assert child.stdin is None and child.stderr is None and child.stdout is not None
             same((method, child.stdout.read()), (method, b"out \nerr \n"))
             same((method, child.result(LIMIT)), (method, ""))
+
+
+def read_all() -> str:
+    return sys.stdin.read()
+
+
+def check_pipes_end_beside_forks(place: str) -> None:
+    """A worker that inherits all, or a child of os.fork(), would keep the other end of
+    another worker's pipes open; and so would that worker itself."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    inherit = {"fd_policy": "inherit"}
+    sleepers = [name for name in processes() if name != "exec"]
+    for method in processes():
+        with contextlib.ExitStack() as stack:
+            child = stack.enter_context(anyfork.spawn(read_all, method=method, **pipes, **inherit))
+            for name in sleepers:
+                stack.enter_context(anyfork.spawn(sleep_for_ever, method=name, **inherit))
+            if place == "main":
+                pid = os.fork()
+                if pid == 0:
+                    sleep_for_ever()
+                stack.callback(os.waitpid, pid, 0)
+                stack.callback(os.kill, pid, signal.SIGKILL)
+            assert child.stdin is not None and child.stdout is not None
+            child.stdin.write(b"until the end of the file")
+            child.stdin.close()
+            same((method, child.result(LIMIT)), (method, "until the end of the file"))
+            same((method, child.stdout.read()), (method, b""))
 
 
 def check_files(place: str) -> None:
