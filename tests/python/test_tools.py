@@ -147,3 +147,13 @@ def test_a_child_that_calls_more_is_found(tmp_path: Path, name: str) -> None:
 def test_a_child_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     assert _run("check_child.py", tmp_path).returncode == 2
     assert _run("check_child.py", tmp_path / "child.o").returncode == 2
+
+
+def test_thread_storage_that_a_child_would_allocate_is_found(tmp_path: Path) -> None:
+    _compile_child(ROOT / "src/core/child.c", tmp_path)
+    source = tmp_path / "lifeline.c"
+    source.write_text("static _Thread_local int mine;\nint *look(void) { return &mine; }\n")
+    _compile_child(source, tmp_path)
+    done = _run("check_child.py", tmp_path)
+    assert done.returncode == 1
+    assert "thread storage" in done.stdout
