@@ -56,6 +56,8 @@ bool afk_os_fd_is_open(int fd);
 bool afk_os_is_cgroup2(int fd);
 /* Root of the initial user namespace, whose signals reach every user's processes. */
 bool afk_os_is_true_root(void);
+/* This thread's next child would be the first process of a new pid namespace. */
+bool afk_os_child_would_be_init(void);
 /* The flag O_ASYNC of an open file, and so whether anybody is told of its events. */
 int afk_os_stop_async(int fd);
 /* A stack for a child that shares this memory: its upper end is base + size. */

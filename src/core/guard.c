@@ -92,6 +92,10 @@ static int
 make(struct anyfork_error *reterr)
 {
     int pair[2], owner, r;
+    if (afk_os_child_would_be_init()) /* which would end, and the namespace with it */
+        return AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_LIFELINE, EPERM,
+                        "process 1 of a pid namespace needs a guard that was there before it: start "
+                        "a worker with one first");
     r = afk_os_socketpair(pair, SOCK_SEQPACKET);
     if (r < 0)
         return AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_LIFELINE, -r, "guard's socket");

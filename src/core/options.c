@@ -438,7 +438,8 @@ take_plain_members(struct afk_setup *setup, const struct anyfork_options *o)
     setup->lifeline_signal = o->lifeline_signal;
     setup->lifeline_group = o->lifeline_scope == ANYFORK_SCOPE_GROUP;
     setup->guarded = o->guard || o->lifeline_scope == ANYFORK_SCOPE_CGROUP ||
-                     (o->lifeline_signal != 0 && o->user >= 0 && !afk_os_is_true_root());
+                     (o->lifeline_signal != 0 &&
+                      ((o->user >= 0 && !afk_os_is_true_root()) || afk_os_child_would_be_init()));
     setup->umask = o->umask;
     setup->oom_score_adj = o->oom_score_adj;
     setup->nice = o->nice;

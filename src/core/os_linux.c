@@ -15,6 +15,7 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
 #include <sys/vfs.h>
@@ -184,6 +185,16 @@ afk_os_is_true_root(void)
         (void)close(fd);
     return n > 0 && sscanf(map, "%u %u %u", &inside, &outside, &count) == 3 && inside == 0 &&
            outside == 0 && count == UINT32_MAX;
+}
+
+bool
+afk_os_child_would_be_init(void)
+{
+    /* pid_namespaces(7): the link leads nowhere until the namespace has its first process. */
+    static const char path[] = "/proc/thread-self/ns/pid_for_children";
+    char name[64];
+    struct stat link;
+    return readlink(path, name, sizeof name) < 0 && errno == ENOENT && lstat(path, &link) == 0;
 }
 
 int

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import platform
 import select
 import signal
+import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from attack_common import LIMIT, is_gone, places, raises, same, until
-from attack_options import processes, sleep_for_ever
+from attack_options import processes, readable_by_all, sleep_for_ever
 
 import anyfork
 
+CLONE_VM, CLONE_VFORK = 0x100, 0x4000
+ROOT = os.geteuid() == 0
 SYS_CLONE = {"x86_64": 56, "aarch64": 220}.get(platform.machine())
 
 
@@ -96,6 +101,193 @@ def check_a_foreign_child_holds_the_lifeline(place: str) -> None:
             with owned(own_beside_a_foreign_child, method, True) as (owner, (worker, _foreign)):
                 owner.kill()
                 until(lambda pid=worker: is_gone(pid), f"the end of a worker by {method}")
+
+
+def hanging_vfork() -> None:
+    """A child that shares this memory and never executes anything: as foreign_child()."""
+    libc = ctypes.CDLL(None)
+    stack = ctypes.create_string_buffer(65536)
+    top = (ctypes.addressof(stack) + 65536) & ~15
+    flags = CLONE_VM | CLONE_VFORK | signal.SIGCHLD
+    libc.clone(libc.pause, ctypes.c_void_p(top), flags, None)
+
+
+def own_beside_a_hanging_vfork(pipe: int, method: str) -> None:
+    with anyfork.spawn(sleep_for_ever, method=method, guard=True) as worker:
+        worker.wait_ready(LIMIT)
+        threading.Thread(target=hanging_vfork, daemon=True).start()
+        until(lambda: len(children_of(os.getpid())) == 2, "the other child")
+        others = [pid for pid in children_of(os.getpid()) if pid != worker.pid]
+        tell(pipe, worker.pid, *others)
+        sleep_for_ever()
+
+
+@places("main")
+def check_a_vfork_hangs(place: str) -> None:
+    for method in processes():
+        with owned(own_beside_a_hanging_vfork, method) as (owner, (worker, _other)):
+            owner.kill()
+            until(lambda pid=worker: is_gone(pid), f"the end of a worker by {method}")
+
+
+# ---- namespaces -------------------------------------------------------------------------
+
+
+def can_unshare(flags: int) -> bool:
+    """In a child: it would be for good."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.unshare(flags)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return os.waitpid(pid, 0)[1] == 0
+
+
+def own_an_init(pipe: int, method: str, guard: bool) -> None:
+    if guard:
+        anyfork.spawn(int, method=method, guard=True).close()
+    os.unshare(os.CLONE_NEWPID)
+    try:
+        worker = anyfork.spawn(sleep_for_ever, method=method)
+    except anyfork.SpawnError as exc:
+        same((guard, exc.stage, exc.errno), (False, "lifeline", errno.EPERM))
+        with anyfork.spawn(sleep_for_ever, method=method, lifeline=False) as worker:
+            tell(pipe, worker.pid)
+            return
+    worker.wait_ready(LIMIT)
+    with open(f"/proc/{worker.pid}/status") as f:
+        (line,) = (line for line in f if line.startswith("NSpid:"))
+    same(line.split()[-1], "1")
+    tell(pipe, worker.pid)
+    sleep_for_ever()
+
+
+@places("main")
+def check_a_worker_is_init_of_a_pid_namespace(place: str) -> None:
+    """The kernel keeps all signals from inside from it, and the lifeline's too."""
+    if not can_unshare(os.CLONE_NEWPID):
+        print("no pid namespace can be made here", file=sys.stderr)
+        return
+    for method in ("exec", "fork"):  # by the others another thread starts it
+        for _round in range(3):
+            with owned(own_an_init, method, True) as (owner, (worker,)):
+                owner.kill()
+                until(lambda pid=worker: is_gone(pid), f"the end of a worker by {method}")
+        with owned(own_an_init, method, False) as (owner, (worker,)):
+            same((method, owner.exception(LIMIT)), (method, None))
+
+
+def init_of_owner(pipe: int, method: str) -> None:
+    """The owner is process 1, and so are its workers' signals none of its own."""
+    worker = anyfork.spawn(sleep_for_ever, method=method)
+    worker.wait_ready(LIMIT)
+    with open("/proc/self/status") as f:
+        (line,) = (line for line in f if line.startswith("NSpid:"))
+    same((os.getpid(), line.split()[-1]), (1, "1"))
+    os.write(pipe, b"up")
+    sleep_for_ever()
+
+
+def start_an_init(pipe: int, method: str) -> None:
+    """Its child is the owner, and what it tells is the owner's pid, not the worker's."""
+    os.unshare(os.CLONE_NEWPID)
+    r, w = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        init_of_owner(w, method)
+        os._exit(1)
+    os.close(w)
+    assert os.read(r, 2) == b"up"
+    until(lambda: len(children_of(pid)) == 1, "the worker")
+    tell(pipe, pid, *children_of(pid))
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+@places("main")
+def check_the_owner_is_init_of_a_pid_namespace(place: str) -> None:
+    if not can_unshare(os.CLONE_NEWPID):
+        print("no pid namespace can be made here", file=sys.stderr)
+        return
+    for method in ("exec", "fork", "main_thread_forkserver"):
+        if method in processes():
+            with owned(start_an_init, method) as (owner, (_init, worker)):
+                same((method, owner.exception(LIMIT)), (method, None))
+                until(lambda pid=worker: is_gone(pid), f"the end of a worker by {method}")
+
+
+def own_in_a_user_namespace(pipe: int, turn: int, method: str, user: int | None) -> None:
+    os.unshare(os.CLONE_NEWUSER)
+    os.write(turn, b"?")
+    os.read(turn, 1)  # the ids are mapped
+    options = {} if user is None else {"user": user, "group": user, "extra_groups": []}
+    worker = anyfork.spawn(sleep_for_ever, method=method, **options)
+    worker.wait_ready(LIMIT)
+    same(len(guards(os.getpid())), 0 if user is None else 1)
+    tell(pipe, worker.pid)
+    sleep_for_ever()
+
+
+@places("main")
+def check_a_user_namespace(place: str) -> None:
+    """As rootless containers are: its root may not signal the kernel's way whom it made
+    another user, so that the guard is started."""
+    if not (ROOT and can_unshare(os.CLONE_NEWUSER)):
+        print("no user namespace with several users can be made here", file=sys.stderr)
+        return
+    fresh = {row.name for row in anyfork.methods() if row.target == "fresh"}
+    loadable = readable_by_all()
+    for method in processes():
+        for user in (None, 1000):
+            if user is not None and method in fresh and not loadable:
+                continue
+            here, there = socket.socketpair()
+            r, w = os.pipe()
+            arguments = (w, there.fileno(), method, user)
+            fds = [w, there.fileno()]
+            with here, anyfork.spawn(
+                own_in_a_user_namespace, *arguments, method="exec", pass_fds=fds
+            ) as owner:
+                os.close(w)
+                there.close()
+                assert here.recv(1) == b"?", owner.exception(LIMIT)
+                for name in ("uid_map", "gid_map"):
+                    with open(f"/proc/{owner.pid}/{name}", "w") as f:
+                        f.write("0 0 65536")
+                here.send(b"!")
+                assert select.select([r], [], [], LIMIT)[0], "the owner hangs"
+                text = os.read(r, 100)
+                os.close(r)
+                assert text, owner.exception(LIMIT)
+                worker = int(text)
+                same((method, user, is_gone(worker)), (method, user, False))
+                owner.kill()
+                until(lambda pid=worker: is_gone(pid), f"the end of a worker by {method}, {user}")
+
+
+def own_frozen(pipe: int, method: str, folder: str) -> None:
+    worker = anyfork.spawn(sleep_for_ever, method=method, cgroup=folder)
+    worker.wait_ready(LIMIT)
+    with open(f"{folder}/cgroup.freeze", "w") as f:
+        f.write("1")
+    tell(pipe, worker.pid)
+    sleep_for_ever()
+
+
+@places("main")
+def check_a_frozen_worker(place: str) -> None:
+    with cgroup() as folder:
+        if folder is None or not os.path.exists(f"{folder}/cgroup.freeze"):
+            print("no cgroup v2 that can be frozen here", file=sys.stderr)
+            return
+        for method in processes():
+            with owned(own_frozen, method, folder) as (owner, (worker,)):
+                owner.kill()
+                until(lambda pid=worker: is_gone(pid), f"the end of a worker by {method}")
+            with open(f"{folder}/cgroup.freeze", "w") as f:
+                f.write("0")
 
 
 def own_several(pipe: int) -> None:

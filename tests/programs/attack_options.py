@@ -151,7 +151,7 @@ def check_ids(place: str) -> None:
     if not ROOT:
         return
     fresh = {row.name for row in anyfork.methods() if row.target == "fresh"}
-    loadable = _readable_by_all()
+    loadable = readable_by_all()
     for method in processes():
         if method in fresh and not loadable:
             continue
@@ -162,7 +162,7 @@ def check_ids(place: str) -> None:
         assert state_by(method, user="nobody", extra_groups=[])["uid"][0] > 0, method
 
 
-def _readable_by_all() -> bool:
+def readable_by_all() -> bool:
     """Whether a fresh interpreter can load Python and this program as another user."""
     try:
         done = subprocess.run(
