@@ -6,7 +6,7 @@
 #   make matrix    the tests on every CPython of tools/pythons, and on real hosts
 #                  (HALVES=1: each test on the release or on the debug build of each minor)
 #   make sanitize  ASan, UBSan, valgrind, TSan      (SHORT=1: a short form)
-#   make soak      100,000 forks per CPython        (COUNT=n, NAMES="3.14 3.15")
+#   make soak      100,000 forks per CPython, and starts per method (COUNT=n, NAMES="3.14 3.15")
 #   make bench     against os.fork(), interleaved
 #   make clean     .venv and build; the cached CPythons stay (tools/pythons clean)
 
@@ -38,6 +38,7 @@ sanitize:
 
 soak:
 	@tools/soak --count $(COUNT) $(NAMES)
+	@tools/soak --methods --count $(COUNT) $(or $(NAMES),host)
 
 bench: .venv/ready
 	@tools/in python bench/bench_spawn.py

@@ -153,7 +153,8 @@ afk_lifeline_register(int fd, bool is_write_end)
     for (;;) {
         for (unsigned i = 0; i < SLOTS; i++) {
             int empty = 0;
-            if (atomic_compare_exchange_strong(&c->slot[i], &empty, VALUE(fd, is_write_end)))
+            if (atomic_load(&c->slot[i]) == 0 &&
+                atomic_compare_exchange_strong(&c->slot[i], &empty, VALUE(fd, is_write_end)))
                 return 0;
         }
         struct chunk *next = atomic_load(&c->next);
