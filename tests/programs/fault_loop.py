@@ -2,7 +2,8 @@
 
 usage: fault_loop.py main|legacy|isolated OPERATION once|for-good warm|cold
 
-OPERATION: fork(), forkpty(), or a spawn method (start, result, close). In `cold` each
+OPERATION: fork(), forkpty(), a spawn method (start, result, close), or one with
+"+options": with pipes, a file, descriptors and the guard. In `cold` each
 try runs in a forked child, where no helper thread and no launch pad exist yet.
 All of it with EMFILE, ENOMEM and EAGAIN.
 Each try must give the right result, or an error that names a stage and the errno,
@@ -15,6 +16,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import socket
+import subprocess
 import sys
 import time
 from typing import Any
@@ -42,6 +45,9 @@ STAGES = {
     "calloc(fds)": {"memory"},
     "calloc(candidates)": {"memory"},
     "calloc(environ)": {"memory"},
+    "calloc(cpus)": {"memory"},
+    "calloc(argv)": {"memory"},
+    "openat": {"option"},
     "malloc(path)": {"memory"},
     "mmap": {"fork"},
     "clone": {"fork"},
@@ -61,6 +67,9 @@ STAGES = {
 }
 # A passing fault that is asked again, or whose answer comes from elsewhere; a
 # spare helper thread that is started ahead.
+# With options, also what the guard is told at a worker's end, which it sees by itself.
+OPTIONS = "+options"
+OPTION_STAGES = {"lifeline", "option"}
 BENIGN = {"waitid", "pidfd_send_signal", "ioctl(PIDFD_GET_INFO)", "read", "pthread_create"}
 
 
@@ -90,10 +99,37 @@ def do_spawn(method: str, answer: str) -> None:
         assert child.result() == answer.upper()
 
 
+def do_spawn_with_options(method: str) -> None:
+    answer = SHORT_ANSWER
+    with anyfork.spawn(
+        str.upper,
+        answer.lower(),
+        method=method,
+        stdin=subprocess.PIPE,
+        stdout=os.devnull,
+        cpus=os.sched_getaffinity(0),
+        fds={50: 1},
+        guard=True,
+    ) as child:
+        assert child.stdin is not None
+        assert child.result() == answer.upper()
+
+
+def is_guard_socket(fd: int) -> bool:
+    """There is one, which stays, once the guard is up."""
+    try:
+        looked_at = socket.socket(fileno=fd)
+    except OSError:
+        return False
+    kind = looked_at.type
+    looked_at.detach()
+    return kind == socket.SOCK_SEQPACKET
+
+
 def snapshot() -> dict[str, object]:
     runtime = _anyfork.runtime()
     return {
-        "fds": sorted(os.listdir("/proc/self/fd")),
+        "fds": sorted(fd for fd in os.listdir("/proc/self/fd") if not is_guard_socket(int(fd))),
         "interpreters": runtime["interpreters"],
         "pad": runtime["pad"],
         "main_thread_states": runtime["main_thread_states"],
@@ -131,10 +167,12 @@ def children_left(may_be_zombie: bool) -> str:
             found = f"zombie {pid} is left"
 
 
-def judge(exc: BaseException | None, call: str | None, hits: int, errnum: int, good: bool) -> str:
+def judge(
+    exc: BaseException | None, call: str | None, hits: int, errnum: int, good: bool, options: bool
+) -> str:
     """Why this outcome is wrong; empty if it is right."""
     if exc is None:
-        if hits and not good and call not in BENIGN:
+        if hits and not good and call not in (BENIGN | {"send"} if options else BENIGN):
             return f"{call} failed and nobody noticed"
         return ""
     if not hits:
@@ -148,13 +186,15 @@ def judge(exc: BaseException | None, call: str | None, hits: int, errnum: int, g
     wanted = errno.ENOMEM if exc.stage == "memory" else errnum
     if exc.errno != wanted:
         return f"errno {exc.errno} instead of {wanted}: {exc!r}"
-    if exc.stage not in set().union(*STAGES.values()):
+    if exc.stage not in OPTION_STAGES.union(*STAGES.values()):
         return f"stage {exc.stage!r} is none of a system call: {exc!r}"
     # The kernel's ENOMEM is told as memory too.
     stages = STAGES.get(call or "", set()) | ({"memory"} if errnum == errno.ENOMEM else set())
+    if options:  # the guard's, and of what the options name
+        stages = stages | OPTION_STAGES
     if not good and exc.stage not in stages:
         return f"{call} was told as stage {exc.stage!r}: {exc!r}"
-    makes_fds = exc.stage in {"pipe", "pty", "pidfd"}
+    makes_fds = exc.stage in {"pipe", "pty", "pidfd", "option", "lifeline"}
     if makes_fds and wanted == errno.EMFILE and "RLIMIT_NOFILE" not in str(exc):
         return f"the limit is not named: {exc}"
     return ""
@@ -169,6 +209,8 @@ def one_try(operation: str, nth: int, errnum: int, good: bool) -> dict[str, Any]
             do_fork()
         elif operation == "forkpty()":
             do_forkpty()
+        elif operation.endswith(OPTIONS):
+            do_spawn_with_options(operation.removesuffix(OPTIONS))
         else:
             # A read that says "nothing there" for ever: the worker must not wait for it.
             endless = good and errnum == errno.EAGAIN
@@ -177,7 +219,7 @@ def one_try(operation: str, nth: int, errnum: int, good: bool) -> dict[str, Any]
         failure = exc
     hits, _points, call = _anyfork._fault_report()
     _anyfork._fault_arm(0, 0, False)
-    bad = judge(failure, call, hits, errnum, good)
+    bad = judge(failure, call, hits, errnum, good, operation.endswith(OPTIONS))
     left = children_left(good and hits > 0)
     bad = bad or left
     changed = left_behind(before)

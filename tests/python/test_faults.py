@@ -25,7 +25,14 @@ pytestmark = pytest.mark.skipif(
 PLACES = ("main", "legacy", "isolated")
 # Where there is no twin fork these work in main only.
 NEED_TWIN = {"fork()", "forkpty()", *(r.name for r in anyfork.methods() if r.target == "caller")}
-OPERATIONS = ("fork()", "forkpty()", *(row.name for row in anyfork.methods()))
+METHODS = [row.name for row in anyfork.methods()]
+WITH_OPTIONS = [f"{row.name}+options" for row in anyfork.methods() if row.has_process]
+OPERATIONS = ("fork()", "forkpty()", *METHODS)
+# What options and the guard do is the same in any interpreter.
+CASES = [
+    *((place, operation) for place in PLACES for operation in OPERATIONS),
+    *(("main", operation) for operation in WITH_OPTIONS),
+]
 
 _hit: Counter[str] = Counter()
 
@@ -50,8 +57,7 @@ def summary(request: pytest.FixtureRequest) -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("warmth", ["warm", "cold"])
 @pytest.mark.parametrize("how", ["once", "for-good"])
-@pytest.mark.parametrize("operation", OPERATIONS)
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(("place", "operation"), CASES)
 def test_each_failing_call_is_reported_and_leaks_nothing(
     run_program: RunProgram, place: str, operation: str, how: str, warmth: str
 ) -> None:
