@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from . import __version__, _anyfork, _console, _lab
+from . import __version__, _anyfork, _console, _kernel, _lab
 from ._errors import describe_status
 from ._install import is_installed
 from ._methods import methods
@@ -315,9 +315,13 @@ def command(as_json: bool) -> int:
         for method in available:
             workers.append(try_method(method.name))
             progress.advance(1)
+    features = _lab.try_in_fresh_python(_kernel.try_features)
+    report["kernel"] = features.value or []
     report["cpython_bugs"] = bugs
     report["workers"] = workers
     problems = _problems(report)
+    if failure := features.failure():
+        problems.append(f"the kernel's features could not be tried: {failure}")
     report["problems"] = problems
     if as_json:
         print(json.dumps(report, indent=2))
@@ -352,6 +356,14 @@ def _show(report: dict[str, Any]) -> None:
         width = max(map(len, report[section]))
         for name, value in report[section].items():
             _console.field(name.replace("_", " "), _text(value), width)
+    print("\nkernel, by trying")
+    width = max((len(feature["name"]) for feature in report["kernel"]), default=0)
+    for feature in report["kernel"]:
+        state = f"yes: {feature['used_for']}"
+        if not feature["available"]:
+            why = f"{feature['why_not']}; Linux {feature['since']} has it"
+            state = f"no ({why}): {feature['without']}"
+        _console.field(feature["name"], state, width)
     print("\nknown bugs of CPython, by trying")
     for bug in report["cpython_bugs"]:
         print(f"  {'here' if bug['present'] else 'not here'}: {bug['title']}")
@@ -359,15 +371,16 @@ def _show(report: dict[str, Any]) -> None:
         if bug["present"]:
             print(f"      anyfork: {bug['remedy']}")
     print("\nworkers, by trying")
+    width = max((len(worker["method"]) for worker in report["workers"]), default=0)
     for worker in report["workers"]:
         if worker["problem"]:
-            _console.field(worker["method"], f"FAILED {worker['problem']}", 12)
+            _console.field(worker["method"], f"FAILED {worker['problem']}", width)
         else:
             _console.field(
                 worker["method"],
                 f"ok, died {worker['lifeline_ms']} ms after its owner was killed; "
                 f"{worker['fds_per_worker']} fds in its owner",
-                12,
+                width,
             )
     print()
     for problem in report["problems"]:

@@ -13,7 +13,7 @@ import struct
 import subprocess
 import sys
 
-from attack_common import LIMIT, available, places, raises, same
+from attack_common import LIMIT, available, in_child, places, raises, same
 from attack_options import open_here
 
 import anyfork
@@ -79,6 +79,25 @@ def start_all() -> None:
     with anyfork.spawn(argv=["sh", "-c", "exit 3"], stdin=subprocess.DEVNULL) as child:
         same(child.wait(LIMIT), 3)
         same(child._status_from, "wait")
+
+
+@places("main")
+def check_doctor_sees_what_is_absent(place: str) -> None:
+    """In a process of its own, for good."""
+    from anyfork import _kernel
+
+    def missing(*forbidden: str) -> set[str]:
+        def look() -> list[str]:
+            if forbidden:
+                forbid(*forbidden)
+            return [str(row["name"]) for row in _kernel.try_features() if not row["available"]]
+
+        return set(eval(in_child(look)))
+
+    here = missing()
+    same(missing("clone3", "close_range") - here, {"clone3(2)", "close_range(2)"} - here)
+    same(missing("pidfd_open") - here, {"pidfd_open(2)", "PIDFD_GET_INFO"} - here)
+    same(missing("ioctl(PIDFD_GET_INFO)") - here, {"PIDFD_GET_INFO"} - here)
 
 
 def check_without_clone3_and_close_range(place: str) -> None:

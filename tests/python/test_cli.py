@@ -128,6 +128,10 @@ def test_doctor_reports_and_all_promises_hold():
     for worker in report["workers"]:
         assert worker["lifeline_ms"] >= 0
         assert worker["fds_per_worker"] == 4
+    kernel = {feature["name"]: feature for feature in report["kernel"]}
+    assert {"pidfd_open(2)", "clone3(2)", "cgroup.kill", "PIDFD_GET_INFO"} <= kernel.keys()
+    for feature in kernel.values():
+        assert feature["available"] == (feature["why_not"] == ""), feature
     gate, beside, dangling, _at_exit = report["cpython_bugs"]
     assert gate["present"], "CPython may fork in sub-interpreters now: say so in the docs"
     assert "status" in beside["found"] or "killed" in beside["found"]
