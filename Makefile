@@ -43,6 +43,7 @@ soak:
 bench: .venv/ready
 	@tools/in python bench/bench_spawn.py
 	@tools/in python bench/bench_methods.py
+	@tools/in python bench/bench_lifeline.py
 
 clean:
 	rm -rf .venv build
