@@ -7,9 +7,11 @@ import os
 import select
 import signal
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
+LOOK_AT_HUNG = 5.0  # seconds
 LIMIT = 60.0  # seconds that a child may take, on a machine under load
 
 
@@ -23,9 +25,16 @@ def wait(pid: int, limit: float = LIMIT) -> int | None:
     finally:
         os.close(pidfd)
     if hung:
+        tell_hung(pid)
         os.kill(pid, signal.SIGKILL)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     return None if hung else code
+
+
+def tell_hung(pid: int | None) -> None:
+    """Before it is killed: tools/soak looks at what it waits for."""
+    os.write(2, f"hung: {pid}\n".encode())
+    time.sleep(LOOK_AT_HUNG)
 
 
 def in_child(fork: Callable[[], int], work: Callable[[], object]) -> int | None:

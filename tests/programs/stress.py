@@ -83,6 +83,7 @@ def one(way: str) -> tuple[int, float]:
             try:
                 ended = child.wait(outcomes.LIMIT)
             except TimeoutError:
+                outcomes.tell_hung(child.pid)
                 child.kill()
                 child.wait()
                 ended = None
