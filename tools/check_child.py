@@ -40,6 +40,7 @@ ALLOWED = frozenset(
         "getpid",
         "poll",
         "read",
+        "readlink",
         "setsid",
         "sigaction",
         "sigaddset",

@@ -65,7 +65,9 @@ typedef int (*anyfork_main)(void *arg);
  * as the process exists, before it is ready.
  *
  *   method     a name of anyfork_method_name(), "fork" say.
- *   entry,arg  called in the child; arg is whatever the memory there holds.
+ *   entry,arg  called in the child; arg is whatever the memory there holds. Not the
+ *              caller's stack, where another thread may fork: the child's own new
+ *              threads may get it.
  *   callable,  called as callable(*args) in the child. Borrowed references; the
  *   args       child's memory has the objects. Methods that change interpreter
  *              refuse a callable from a sub-interpreter: use Python's

@@ -60,7 +60,9 @@ afk_child_tell_guard(const struct afk_plan *plan)
     size_t size = (fds[1] >= 0 ? 2 : 1) * sizeof(int);
     const struct afk_guard_message message = {.op = AFK_GUARD_HOLD,
                                               .token = plan->guard_token,
-                                              .signal = plan->setup->lifeline_signal};
+                                              /* no other reaches process 1 of a namespace */
+                                              .signal = getpid() == 1 ? SIGKILL
+                                                                      : plan->setup->lifeline_signal};
     union {
         struct cmsghdr header;
         char space[CMSG_SPACE(2 * sizeof(int))];
@@ -123,10 +125,10 @@ check_targets(const struct afk_plan *plan)
                                   "fds: a stream or log has that number");
 }
 
-/* Calls `visit` for each entry of a folder of /proc whose name is a number. False: there
- * is no such folder. */
+/* Calls `visit` for each entry of a folder of /proc whose name is a number; not for the
+ * folder's own descriptor, if it lists descriptors. False: there is no such folder. */
 static bool
-for_each_number(const char *folder, void (*visit)(int number, void *arg), void *arg)
+for_each_number(const char *folder, bool lists_fds, void (*visit)(int number, void *arg), void *arg)
 {
     char buffer[4096] __attribute__((aligned(8)));
     int dir = open(folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
@@ -144,7 +146,7 @@ for_each_number(const char *folder, void (*visit)(int number, void *arg), void *
             bool is_number = *p >= '0' && *p <= '9';
             for (; *p >= '0' && *p <= '9'; p++)
                 number = number * 10 + (*p - '0');
-            if (is_number && number != dir)
+            if (is_number && !(lists_fds && number == dir))
                 visit(number, arg);
             at += size;
         }
@@ -172,7 +174,7 @@ static void
 for_each_inherited(const struct afk_plan *plan, void (*visit)(int fd, int *placeholder))
 {
     struct inherited inherited = {plan, visit, -1};
-    if (for_each_number(FD_FOLDER, visit_inherited, &inherited))
+    if (for_each_number(FD_FOLDER, true, visit_inherited, &inherited))
         return;
     struct rlimit limit = {.rlim_cur = FDS_WITHOUT_PROC};
     (void)getrlimit(RLIMIT_NOFILE, &limit);
@@ -266,7 +268,7 @@ afk_child_place_fds(struct afk_plan *plan)
     const int spent[] = {setup->opened[0], setup->opened[1], setup->opened[2], setup->cgroup_dir,
                          setup->cgroup_kill};
     for (unsigned i = 0; i < sizeof spent / sizeof *spent && !executes; i++)
-        if (spent[i] > 2 && next_kept(plan, spent[i]) != spent[i])
+        if (spent[i] >= 0 && next_kept(plan, spent[i]) != spent[i])
             (void)close(spent[i]);
     if (setup->fd_policy == ANYFORK_FDS_CLOSE)
         close_inherited(plan);
@@ -319,36 +321,62 @@ set_oom_score(const struct afk_plan *plan)
     (void)close(fd);
 }
 
-/* Of a thread: the kernel keeps both apart for each. ESRCH: it has ended meanwhile. */
-static void
-set_nice(int tid, void *arg)
+/* Of one thread, 0 for this one: the kernel keeps both apart for each. */
+static bool
+set_nice(const struct afk_plan *plan, int tid)
 {
-    const struct afk_plan *plan = arg;
     errno = 0;
     int now = getpriority(PRIO_PROCESS, (id_t)tid);
-    if (errno == 0 && setpriority(PRIO_PROCESS, (id_t)tid, now + plan->setup->nice) == 0)
-        return;
-    if (errno != ESRCH)
-        give_up(plan, "nice");
+    return errno == 0 && setpriority(PRIO_PROCESS, (id_t)tid, now + plan->setup->nice) == 0;
+}
+
+static bool
+set_cpus(const struct afk_plan *plan, int tid)
+{
+    return syscall(SYS_sched_setaffinity, tid, plan->setup->cpus_size, plan->setup->cpus) >= 0;
 }
 
 static void
-set_cpus(int tid, void *arg)
+set_scheduling(const struct afk_plan *plan, int tid)
 {
-    const struct afk_plan *plan = arg;
-    if (syscall(SYS_sched_setaffinity, tid, plan->setup->cpus_size, plan->setup->cpus) < 0 &&
-        errno != ESRCH)
+    bool others = tid != 0; /* may have ended meanwhile: ESRCH */
+    if (plan->setup->nice != 0 && !set_nice(plan, tid) && !(others && errno == ESRCH))
+        give_up(plan, "nice");
+    if (plan->setup->cpus != NULL && !set_cpus(plan, tid) && !(others && errno == ESRCH))
         give_up(plan, "cpus");
+}
+
+static void
+set_scheduling_of_other(int tid, void *arg)
+{
+    if (tid != (int)syscall(SYS_gettid))
+        set_scheduling(arg, tid);
+}
+
+/* Whether /proc has this process by the number that it has for itself: not that of another
+ * pid namespace. */
+static bool
+proc_is_ours(void)
+{
+    char name[16];
+    ssize_t n = readlink("/proc/self", name, sizeof name);
+    pid_t pid = 0;
+    for (ssize_t i = 0; i < n; i++)
+        pid = pid * 10 + (name[i] - '0');
+    return n > 0 && pid == getpid();
 }
 
 /* A forked worker may have threads by now, which fork hooks have started; one that
  * shares its owner's memory has itself alone. */
 static void
-for_each_thread(const struct afk_plan *plan, void (*set)(int tid, void *arg))
+set_scheduling_of_all(const struct afk_plan *plan)
 {
-    void *arg = (void *)(uintptr_t)plan;
-    if (plan->failure != NULL || !for_each_number(TASK_FOLDER, set, arg))
-        set(0, arg);
+    if (plan->setup->nice == 0 && plan->setup->cpus == NULL)
+        return;
+    set_scheduling(plan, 0);
+    if (plan->failure == NULL && proc_is_ours())
+        (void)for_each_number(TASK_FOLDER, false, set_scheduling_of_other,
+                              (void *)(uintptr_t)plan);
 }
 
 static void
@@ -435,10 +463,7 @@ afk_child_apply(const struct afk_plan *plan)
     }
     if (setup->oom_score_adj != ANYFORK_OOM_KEEP)
         set_oom_score(plan);
-    if (setup->nice != 0)
-        for_each_thread(plan, set_nice);
-    if (setup->cpus != NULL)
-        for_each_thread(plan, set_cpus);
+    set_scheduling_of_all(plan);
     set_limits(plan);
     if (setup->cwd != NULL && chdir(setup->cwd) < 0)
         give_up(plan, "cwd");

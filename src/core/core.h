@@ -58,6 +58,8 @@ bool afk_os_is_cgroup2(int fd);
 bool afk_os_is_true_root(void);
 /* This thread's next child would be the first process of a new pid namespace. */
 bool afk_os_child_would_be_init(void);
+/* This thread has unshared its children's pid namespace. */
+bool afk_os_children_are_elsewhere(void);
 /* The flag O_ASYNC of an open file, and so whether anybody is told of its events. */
 int afk_os_stop_async(int fd);
 /* A stack for a child that shares this memory: its upper end is base + size. */
@@ -123,9 +125,10 @@ int afk_report_check(const struct afk_report *report);
 unsigned afk_generation(void);
 /* Returns 0 or -ENOMEM; the fd is closed in forked children from here on. */
 int afk_lifeline_register(int fd, bool is_write_end);
-/* No other thread forks between these two. Few system calls, and nothing that forks. */
-void afk_lifeline_begin(void);
-void afk_lifeline_end(void);
+/* No other thread forks between these two, unless one of them has waited for seconds. Few
+ * system calls, nothing that forks, and not afk_lifeline_close(). */
+bool afk_lifeline_begin(void);
+void afk_lifeline_end(bool begun);
 /* The calling thread's next fork is the start of the worker that these are for: it keeps
  * them. n = 0: none, as before. */
 void afk_lifeline_spare(const int *fds, unsigned n);
@@ -142,7 +145,11 @@ struct afk_fd_move {
     bool park; /* its source is the target of another one */
 };
 
-/* Data for child_options.c, and the parent's fds that it refers to. */
+#define AFK_COPIES_MAX 6
+
+/* Data for child_options.c, and the parent's fds that it refers to. In memory from malloc()
+ * if another thread than the caller's may fork: in the child, the stacks of all threads but
+ * one are free for its new threads. */
 struct afk_setup {
     int session;         /* enum anyfork_session */
     pid_t process_group;
@@ -164,7 +171,9 @@ struct afk_setup {
     int nice;
     unsigned long *cpus; /* a mask */
     size_t cpus_size;    /* bytes */
-    const struct anyfork_rlimit *rlimits; /* borrowed, as all that is const */
+    /* What is const is a copy of our own for a fork, and the caller's for an exec, who
+     * waits for it. */
+    const struct anyfork_rlimit *rlimits;
     unsigned n_rlimits;
     const char *cwd;
     const gid_t *groups;
@@ -179,6 +188,8 @@ struct afk_setup {
     char **environ_copy; /* of the pointers; strings of the environment are never freed */
     char **candidates;   /* paths to try in turn, ends with NULL */
     /* the parent's */
+    void *copies[AFK_COPIES_MAX];
+    unsigned n_copies;
     int opened[3];       /* the worker's ends of its standard streams, ours to close */
     int owner_end[3];    /* of pipes */
 };

@@ -57,8 +57,10 @@ afk_fork(struct afk_plan *plan)
     int r = pthread_sigmask(SIG_SETMASK, &all, &plan->caller_mask);
     if (r != 0)
         return -r;
-    if (plan->setup != NULL)
-        afk_lifeline_spare(plan->setup->opened, 3);
+    int spared[4] = {plan->guard_fd, -1, -1, -1};
+    for (int i = 0; i < 3 && plan->setup != NULL; i++)
+        spared[1 + i] = plan->setup->opened[i];
+    afk_lifeline_spare(spared, 4);
     pid_t pid = AFK_SYS("fork", (pid = fork()) < 0 ? -errno : pid);
     afk_lifeline_spare(NULL, 0);
     if (pid == 0) {

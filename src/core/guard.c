@@ -88,35 +88,52 @@ start(int worker_end, int owner, struct anyfork_error *reterr)
     return 0;
 }
 
+/* Both ends are in the table: a forked child that kept the owner's would keep the guard
+ * waiting, one that kept the guard's would hide that it is gone. */
 static int
 make(struct anyfork_error *reterr)
 {
-    int pair[2], owner, r;
-    if (afk_os_child_would_be_init()) /* which would end, and the namespace with it */
+    int pair[2] = {-1, -1}, owner;
+    /* A new namespace's first process would be the guard's starter, which ends, and the
+     * namespace with it; from inside of one it has no right to signal who is outside. */
+    if (afk_os_children_are_elsewhere())
         return AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_LIFELINE, EPERM,
-                        "process 1 of a pid namespace needs a guard that was there before it: start "
-                        "a worker with one first");
-    r = afk_os_socketpair(pair, SOCK_SEQPACKET);
-    if (r < 0)
-        return AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_LIFELINE, -r, "guard's socket");
+                        "a guard must be there before a pid namespace is unshared: start a worker "
+                        "with one first");
+    bool begun = afk_lifeline_begin();
+    int r = afk_os_socketpair(pair, SOCK_SEQPACKET);
+    for (int i = 0; i < 2 && r == 0; i++)
+        r = afk_lifeline_register(pair[i], false);
+    afk_lifeline_end(begun);
     owner = afk_os_pidfd_open(getpid());
-    if (owner < 0)
+    if (r < 0)
+        r = AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_LIFELINE, -r, "guard's socket");
+    else if (owner < 0)
         r = AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_PIDFD, -owner, "guard's owner");
     else
         r = start(pair[1], owner, reterr);
     afk_os_close(owner);
-    afk_os_close(pair[1]);
-    if (r == 0) {
-        r = afk_lifeline_register(pair[0], false);
-        if (r < 0)
-            r = AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_MEMORY, -r, "guard's socket");
-    }
+    afk_lifeline_close(&pair[1]);
     if (r < 0) {
-        afk_os_close(pair[0]); /* the end of file ends the guard */
+        afk_lifeline_close(&pair[0]); /* the end of file ends the guard */
         return r;
     }
     guard_socket = pair[0];
     return 0;
+}
+
+/* The worker's, until it has told the guard of itself. */
+static int
+copy_socket(struct anyfork_error *reterr)
+{
+    bool begun = afk_lifeline_begin();
+    int fd = afk_os_dup_above(guard_socket, 3);
+    int r = fd < 0 ? fd : afk_lifeline_register(fd, false);
+    afk_lifeline_end(begun);
+    if (r == 0)
+        return fd;
+    afk_lifeline_close(&fd);
+    return AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_LIFELINE, -r, "guard's socket");
 }
 
 int
@@ -128,11 +145,8 @@ afk_guard_open(struct anyfork_error *reterr)
     starting = true;
     int r = guard_socket >= 0 ? 0 : make(reterr);
     starting = false;
-    if (r == 0) {
-        r = afk_os_dup_above(guard_socket, 3);
-        if (r < 0)
-            r = AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_LIFELINE, -r, "guard's socket");
-    }
+    if (r == 0)
+        r = copy_socket(reterr);
     (void)pthread_mutex_unlock(&lock);
     return r;
 }

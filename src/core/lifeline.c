@@ -4,7 +4,9 @@
  * alive after its owner.
  *
  * Rules: the table has no locks (a fork may come from any thread at any time), only
- * the making of a lifeline has one, which every fork takes first. A slot is zero
+ * making and closing what is in it has one, which every fork takes first; for a bounded
+ * time, as whoever takes it: another library's fork handler may wait, with the lock held,
+ * for a lock that the other one holds. A slot is zero
  * when empty, so that zeroed memory is an empty table; chunks are never freed. A
  * forked child closes the write ends first: if it is the last to hold both ends
  * of a lifeline, closing the read end first would leave nobody to be told.
@@ -46,25 +48,26 @@ static _Thread_local unsigned n_spared;
 static atomic_bool forking;       /* the window's holder is a fork, */
 static _Atomic(pthread_t) forker; /* of this thread */
 
-void
+bool
 afk_lifeline_begin(void)
 {
-    (void)pthread_mutex_lock(&window);
+    struct timespec until;
+    (void)clock_gettime(CLOCK_REALTIME, &until);
+    until.tv_sec += WINDOW_SECONDS;
+    return pthread_mutex_timedlock(&window, &until) == 0;
 }
 
 void
-afk_lifeline_end(void)
+afk_lifeline_end(bool begun)
 {
-    (void)pthread_mutex_unlock(&window);
+    if (begun)
+        (void)pthread_mutex_unlock(&window);
 }
 
 static void
 before_fork(void)
 {
-    struct timespec until;
-    (void)clock_gettime(CLOCK_REALTIME, &until);
-    until.tv_sec += WINDOW_SECONDS;
-    if (pthread_mutex_timedlock(&window, &until) == 0) {
+    if (afk_lifeline_begin()) {
         atomic_store(&forker, pthread_self());
         atomic_store(&forking, true);
     }
@@ -190,7 +193,9 @@ afk_lifeline_close(int *fd)
         return;
     /* Out of the table first: the other order would let a fork in between close an
      * innocent fd that got the same number. */
+    bool begun = afk_lifeline_begin();
     afk_lifeline_forget(*fd);
     (void)close(*fd);
+    afk_lifeline_end(begun);
     *fd = -1;
 }

@@ -209,7 +209,7 @@ static int
 open_pipe(struct afk_setup *setup, int which)
 {
     int ends[2];
-    afk_lifeline_begin();
+    bool begun = afk_lifeline_begin();
     int r = afk_os_pipe(ends, O_CLOEXEC);
     if (r == 0) {
         setup->opened[which] = ends[which == 0 ? 0 : 1];
@@ -217,7 +217,7 @@ open_pipe(struct afk_setup *setup, int which)
         for (int i = 0; i < 2 && r == 0; i++)
             r = afk_lifeline_register(ends[i], false);
     }
-    afk_lifeline_end();
+    afk_lifeline_end(begun);
     return r < 0 ? r : setup->opened[which];
 }
 
@@ -454,6 +454,65 @@ take_plain_members(struct afk_setup *setup, const struct anyfork_options *o)
     setup->env = o->env;
 }
 
+/* NULL stays NULL; *ok is false once memory has run out. */
+static const void *
+copy_of(struct afk_setup *setup, const void *data, size_t size, bool *ok)
+{
+    if (data == NULL || !*ok)
+        return data;
+    void *copy = AFK_ALLOC("malloc(copy)", malloc(size + (size == 0)));
+    *ok = copy != NULL;
+    if (copy == NULL)
+        return NULL;
+    memcpy(copy, data, size);
+    setup->copies[setup->n_copies++] = copy;
+    return copy;
+}
+
+static const char *
+copy_of_text(struct afk_setup *setup, const char *text, bool *ok)
+{
+    return text == NULL ? NULL : copy_of(setup, text, strlen(text) + 1, ok);
+}
+
+/* One block: the pointers, then the strings. */
+static const char *const *
+copy_of_texts(struct afk_setup *setup, const char *const *texts, bool *ok)
+{
+    size_t n = 0, bytes = 0;
+    if (texts == NULL || !*ok)
+        return texts;
+    for (; texts[n] != NULL; n++)
+        bytes += strlen(texts[n]) + 1;
+    char **copy = AFK_ALLOC("malloc(copy)", malloc((n + 1) * sizeof *copy + bytes));
+    *ok = copy != NULL;
+    if (copy == NULL)
+        return NULL;
+    char *to = (char *)(copy + n + 1);
+    for (size_t i = 0; i < n; i++) {
+        size_t size = strlen(texts[i]) + 1;
+        copy[i] = memcpy(to, texts[i], size);
+        to += size;
+    }
+    copy[n] = NULL;
+    setup->copies[setup->n_copies++] = copy;
+    return (const char *const *)copy;
+}
+
+static int
+copy_what_is_borrowed(struct afk_setup *setup, struct anyfork_error *reterr)
+{
+    bool ok = true;
+    size_t n_groups = setup->n_groups > 0 ? (size_t)setup->n_groups : 0;
+    setup->rlimits =
+        copy_of(setup, setup->rlimits, setup->n_rlimits * sizeof *setup->rlimits, &ok);
+    setup->groups = copy_of(setup, setup->groups, n_groups * sizeof *setup->groups, &ok);
+    setup->cwd = copy_of_text(setup, setup->cwd, &ok);
+    setup->name = copy_of_text(setup, setup->name, &ok);
+    setup->env = copy_of_texts(setup, setup->env, &ok);
+    return ok ? 0 : no_memory(reterr);
+}
+
 int
 afk_setup_prepare(struct afk_setup *setup, const struct anyfork_options *options,
                   enum afk_setup_for purpose, int report_to, struct anyfork_error *reterr)
@@ -477,8 +536,9 @@ afk_setup_prepare(struct afk_setup *setup, const struct anyfork_options *options
     int r = prepare_signals(setup, options, reterr);
     if (r == 0)
         r = prepare_cpus(setup, options, reterr);
-    if (r == 0 && purpose == AFK_SETUP_EXEC)
-        r = prepare_program(setup, options, reterr);
+    if (r == 0)
+        r = purpose == AFK_SETUP_EXEC ? prepare_program(setup, options, reterr)
+                                      : copy_what_is_borrowed(setup, reterr);
     if (r == 0)
         r = prepare_fds(setup, options, purpose, reterr);
     if (r == 0)
@@ -509,6 +569,8 @@ afk_setup_release(struct afk_setup *setup)
     setup->cgroup_dir = setup->cgroup_procs = setup->cgroup_kill = -1;
     for (unsigned i = 0; setup->candidates != NULL && setup->candidates[i] != NULL; i++)
         free(setup->candidates[i]);
+    while (setup->n_copies > 0)
+        free(setup->copies[--setup->n_copies]);
     free(setup->candidates);
     free(setup->argv_named);
     free(setup->environ_copy);

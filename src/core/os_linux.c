@@ -187,14 +187,27 @@ afk_os_is_true_root(void)
            outside == 0 && count == UINT32_MAX;
 }
 
+#define PID_FOR_CHILDREN "/proc/thread-self/ns/pid_for_children"
+
 bool
 afk_os_child_would_be_init(void)
 {
     /* pid_namespaces(7): the link leads nowhere until the namespace has its first process. */
-    static const char path[] = "/proc/thread-self/ns/pid_for_children";
     char name[64];
     struct stat link;
-    return readlink(path, name, sizeof name) < 0 && errno == ENOENT && lstat(path, &link) == 0;
+    return readlink(PID_FOR_CHILDREN, name, sizeof name) < 0 && errno == ENOENT &&
+           lstat(PID_FOR_CHILDREN, &link) == 0;
+}
+
+bool
+afk_os_children_are_elsewhere(void)
+{
+    char mine[64], theirs[64];
+    if (afk_os_child_would_be_init())
+        return true;
+    ssize_t n = readlink("/proc/thread-self/ns/pid", mine, sizeof mine);
+    ssize_t m = readlink(PID_FOR_CHILDREN, theirs, sizeof theirs);
+    return n > 0 && m > 0 && (n != m || memcmp(mine, theirs, (size_t)n) != 0);
 }
 
 int

@@ -198,21 +198,21 @@ allocate(void)
     return child;
 }
 
-/* *ret_fd is the worker's end; -1 on failure. */
+/* *ret_fd is the worker's end; -1 on failure. In the table too if it is a thread's: its
+ * end is seen by the end of the file alone, which no forked child may hold back. */
 static int
 make_report_socket(struct anyfork_child *child, int *ret_fd)
 {
-    int status[2];
-    *ret_fd = -1;
+    int status[2] = {-1, -1};
+    bool begun = afk_lifeline_begin();
     int r = afk_os_socketpair(status, SOCK_STREAM);
-    if (r < 0)
-        return r;
+    for (int i = 0; i < (child->in_process ? 2 : 1) && r == 0; i++)
+        r = afk_lifeline_register(status[i], false);
+    afk_lifeline_end(begun);
     child->status_fd = status[0];
     *ret_fd = status[1];
-    r = afk_lifeline_register(child->status_fd, false);
     if (r < 0) {
-        afk_os_close(*ret_fd);
-        *ret_fd = -1;
+        afk_lifeline_close(ret_fd);
         return r;
     }
     (void)fcntl(child->status_fd, F_SETFL, O_NONBLOCK);
@@ -253,7 +253,8 @@ keep_write_end_last(struct anyfork_child *child, int worker_end)
         afk_os_close(higher);
         return r;
     }
-    afk_lifeline_close(&child->life_write);
+    afk_lifeline_forget(child->life_write);
+    afk_os_close(child->life_write);
     child->life_write = higher;
     return 0;
 }
@@ -289,13 +290,13 @@ afk_child_new(struct anyfork_child **ret_child, struct afk_plan *plan,
         goto fail;
     if (wants->lifeline) {
         what = "lifeline pipe";
-        afk_lifeline_begin();
+        bool begun = afk_lifeline_begin();
         r = make_lifeline(child, life);
         if (r == 0)
             r = life[0] = afk_os_dup_above(child->life_read, wants->lowest);
         if (r >= 0)
             r = keep_write_end_last(child, life[0]);
-        afk_lifeline_end();
+        afk_lifeline_end(begun);
         if (r < 0)
             goto fail;
     }
@@ -327,7 +328,7 @@ close_worker_ends(struct afk_plan *plan)
 {
     afk_os_close(plan->status_fd);
     afk_os_close(plan->life_fd);
-    afk_os_close(plan->guard_fd);
+    afk_lifeline_close(&plan->guard_fd);
     plan->status_fd = plan->life_fd = plan->guard_fd = -1;
 }
 

@@ -136,18 +136,21 @@ static int
 start_with_options(const struct afk_method *method, struct afk_job *job,
                    struct anyfork_child **ret_child, struct anyfork_error *reterr)
 {
-    struct afk_setup setup;
     enum afk_setup_for purpose = method->process == AFK_PROCESS_EXECUTED ? AFK_SETUP_EXEC
                                                                          : AFK_SETUP_FORK;
-    int r = afk_setup_prepare(&setup, job->options, purpose, job->report_to, reterr);
-    if (r < 0)
-        return r;
-    job->setup = &setup;
-    job->wants = afk_setup_wants(&setup);
-    r = method->start(method, job, ret_child, reterr);
-    if (r == 0)
-        afk_child_set_stdio(*ret_child, &setup);
-    afk_setup_release(&setup);
+    struct afk_setup *setup = AFK_ALLOC("malloc(setup)", malloc(sizeof *setup));
+    if (setup == NULL)
+        return AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_MEMORY, ENOMEM, "options");
+    int r = afk_setup_prepare(setup, job->options, purpose, job->report_to, reterr);
+    if (r == 0) {
+        job->setup = setup;
+        job->wants = afk_setup_wants(setup);
+        r = method->start(method, job, ret_child, reterr);
+        if (r == 0)
+            afk_child_set_stdio(*ret_child, setup);
+        afk_setup_release(setup);
+    }
+    free(setup);
     return r;
 }
 

@@ -145,9 +145,7 @@ afk_start_subint(const struct afk_method *method, const struct afk_job *job,
     r = afk_child_new_in_process(&child, &fd, reterr);
     if (r < 0)
         goto fail;
-    r = afk_lifeline_register(fd, false);
-    if (r == 0)
-        r = afk_reporter_init(&h->reporter, fd);
+    r = afk_reporter_init(&h->reporter, fd);
     if (r < 0) {
         r = AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_PIPE, -r, "report socket");
         goto fail;

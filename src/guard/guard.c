@@ -20,6 +20,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -145,7 +146,8 @@ static void
 watch(int fd)
 {
     struct epoll_event event = {.events = EPOLLIN, .data.fd = fd};
-    if (epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &event) < 0 && fd <= AFK_GUARD_OWNER)
+    if (epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &event) < 0 &&
+        (fd == AFK_GUARD_SOCKET || fd == AFK_GUARD_OWNER))
         _exit(1);
 }
 
@@ -157,6 +159,12 @@ main(void)
         _exit(pid < 0);
     for (int sig = 1; sig < NSIG; sig++)
         (void)signal(sig, SIG_IGN);
+    /* One pidfd for each worker, of which its owner may come to have more than it may now. */
+    struct rlimit limit;
+    if (getrlimit(RLIMIT_NOFILE, &limit) == 0) {
+        limit.rlim_cur = limit.rlim_max;
+        (void)setrlimit(RLIMIT_NOFILE, &limit);
+    }
     epoll = epoll_create1(EPOLL_CLOEXEC);
     watch(AFK_GUARD_SOCKET);
     watch(AFK_GUARD_OWNER);

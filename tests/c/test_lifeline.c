@@ -162,11 +162,12 @@ test_a_fork_waits_for_an_open_window(void **state)
     int status = -1;
     (void)state;
 
-    afk_lifeline_begin();
+    bool begun = afk_lifeline_begin();
+    assert_true(begun);
     assert_int_equal(pthread_create(&thread, NULL, fork_now, &status), 0);
     (void)usleep(100000); /* time for the fork to be wrong */
     atomic_store(&window_closed, true);
-    afk_lifeline_end();
+    afk_lifeline_end(begun);
     assert_int_equal(pthread_join(thread, NULL), 0);
     assert_int_equal(status, 0);
 }
@@ -175,14 +176,14 @@ static void
 test_a_fork_inside_its_own_window_is_late_but_works(void **state)
 {
     (void)state;
-    afk_lifeline_begin();
+    bool begun = afk_lifeline_begin();
     pid_t pid = fork();
-    if (pid == 0) {
-        afk_lifeline_begin(); /* a window of its own: none is open here */
-        afk_lifeline_end();
-        _exit(0);
+    if (pid == 0) { /* a window of its own: none is open here */
+        bool again = afk_lifeline_begin();
+        afk_lifeline_end(again);
+        _exit(again ? 0 : 1);
     }
-    afk_lifeline_end();
+    afk_lifeline_end(begun);
     assert_int_equal(reap(pid), 0);
     pid = fork();
     if (pid == 0)

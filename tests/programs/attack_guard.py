@@ -7,6 +7,7 @@ import ctypes
 import errno
 import os
 import platform
+import resource
 import select
 import signal
 import socket
@@ -145,12 +146,12 @@ def can_unshare(flags: int) -> bool:
     return os.waitpid(pid, 0)[1] == 0
 
 
-def own_an_init(pipe: int, method: str, guard: bool) -> None:
+def own_an_init(pipe: int, method: str, guard: bool, sig: int) -> None:
     if guard:
         anyfork.spawn(int, method=method, guard=True).close()
     os.unshare(os.CLONE_NEWPID)
     try:
-        worker = anyfork.spawn(sleep_for_ever, method=method)
+        worker = anyfork.spawn(sleep_for_ever, method=method, lifeline=sig)
     except anyfork.SpawnError as exc:
         same((guard, exc.stage, exc.errno), (False, "lifeline", errno.EPERM))
         with anyfork.spawn(sleep_for_ever, method=method, lifeline=False) as worker:
@@ -171,12 +172,60 @@ def check_a_worker_is_init_of_a_pid_namespace(place: str) -> None:
         print("no pid namespace can be made here", file=sys.stderr)
         return
     for method in ("exec", "fork"):  # by the others another thread starts it
-        for _round in range(3):
-            with owned(own_an_init, method, True) as (owner, (worker,)):
+        for sig in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
+            with owned(own_an_init, method, True, int(sig)) as (owner, (worker,)):
                 owner.kill()
                 until(lambda pid=worker: is_gone(pid), f"the end of a worker by {method}")
-        with owned(own_an_init, method, False) as (owner, (worker,)):
+        with owned(own_an_init, method, False, int(signal.SIGKILL)) as (owner, (worker,)):
             same((method, owner.exception(LIMIT)), (method, None))
+
+
+def nice_here() -> tuple[int, list[int]]:
+    return os.getpriority(os.PRIO_PROCESS, 0), sorted(os.sched_getaffinity(0))
+
+
+def be_nice_elsewhere() -> list[tuple[int, list[int]]]:
+    """Where /proc has other numbers for processes than they have."""
+    keep = anyfork.spawn(sleep_for_ever, method="exec", guard=True)
+    os.unshare(os.CLONE_NEWPID)
+    init = anyfork.spawn(sleep_for_ever, method="exec")
+    cpus = [min(os.sched_getaffinity(0))]
+    try:
+        return [anyfork.run(nice_here, method=m, nice=2, cpus=cpus) for m in ("fork", "exec")]
+    finally:
+        init.close()
+        keep.close()
+
+
+@places("main")
+def check_numbers_in_a_new_pid_namespace(place: str) -> None:
+    if not can_unshare(os.CLONE_NEWPID):
+        print("no pid namespace can be made here", file=sys.stderr)
+        return
+    wanted = (min(os.getpriority(os.PRIO_PROCESS, 0) + 2, 19), [min(os.sched_getaffinity(0))])
+    same(anyfork.run(be_nice_elsewhere, method="exec"), [wanted, wanted])
+
+
+def raise_the_limit_later() -> tuple[int, int]:
+    """The guard was started while fewer descriptors were allowed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (24, hard))
+    workers = [anyfork.spawn(sleep_for_ever, method="fork", guard=True)]
+    before = guards(os.getpid())
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    workers += [anyfork.spawn(sleep_for_ever, method="fork", guard=True) for _ in range(30)]
+    for worker in workers:
+        worker.wait_ready(LIMIT)
+    held = len(os.listdir(f"/proc/{before[0]}/fd")) if guards(os.getpid()) == before else 0
+    for worker in workers:
+        worker.close()
+    return held, len(workers)
+
+
+@places("main")
+def check_a_guard_from_before_a_limit_was_raised(place: str) -> None:
+    held, workers = anyfork.run(raise_the_limit_later, method="exec")
+    assert held >= workers, (held, workers)
 
 
 def init_of_owner(pipe: int, method: str) -> None:

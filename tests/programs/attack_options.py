@@ -127,6 +127,85 @@ def check_numbers_of_threads_that_hooks_start(place: str) -> None:
         same((method, there), (method, [(min(nice + 3, 19), [CPU])] * len(there)))
 
 
+def use_the_stacks_of_dead_threads() -> None:
+    threads = [threading.Thread(target=time.sleep, args=(0,)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def numbers_and_texts() -> list[Any]:
+    core = list(resource.getrlimit(resource.RLIMIT_CORE))
+    nice = os.getpriority(os.PRIO_PROCESS, 0)
+    return [os.getcwd(), nice, os.environ.get("GREETING"), core]
+
+
+@places("main")
+def check_options_outlive_the_stack_of_the_caller(place: str) -> None:
+    """By a launch pad another thread forks, and the caller's stack is free in the child."""
+    os.register_at_fork(after_in_child=use_the_stacks_of_dead_threads)
+    wanted = ["/", min(os.getpriority(os.PRIO_PROCESS, 0) + 3, 19), "hello", [0, 4096]]
+    got: list[Any] = []
+
+    def start() -> None:
+        for method in main_targets():
+            options = {"cwd": "/", "nice": 3, "env": {**os.environ, "GREETING": "hello"}}
+            limits = {resource.RLIMIT_CORE: (0, 4096)}
+            try:
+                got.append(
+                    anyfork.run(numbers_and_texts, method=method, rlimits=limits, **options)
+                )
+            except Exception as exc:
+                got.append(f"{method}: {exc!r}")
+
+    stop = threading.Event()
+    others = [threading.Thread(target=stop.wait) for _ in range(8)]
+    caller = threading.Thread(target=start)
+    for thread in (*others, caller):
+        thread.start()
+    caller.join()
+    stop.set()
+    for thread in others:
+        thread.join()
+    same(got, [wanted] * len(main_targets()))
+
+
+def streams() -> list[str | None]:
+    here = open_here()
+    return [here.get(fd) for fd in range(3)]
+
+
+def own_without_streams(pipe: int, folder: str) -> None:
+    """As a daemon: what a start opens gets the numbers of standard streams."""
+    log = os.path.join(folder, "log")
+    for fd in range(3):
+        os.close(fd)
+    found = []
+    for options in ({"stderr": log}, {"stdin": subprocess.DEVNULL, "stdout": log}):
+        for method in processes():
+            if method != "exec":  # whose interpreter opens what is missing
+                with anyfork.spawn(streams, method=method, **options) as child:
+                    found.append([method, sorted(options), child.result(LIMIT)])
+    os.write(pipe, json.dumps(found).encode())
+
+
+@places("main")
+def check_an_owner_without_streams(place: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        r, w = os.pipe()
+        with anyfork.spawn(own_without_streams, w, folder, method="fork", pass_fds=[w]) as owner:
+            os.close(w)
+            assert select.select([r], [], [], LIMIT)[0], "it hangs"
+            text = os.read(r, 10000)
+            os.close(r)
+            assert text, owner.exception(LIMIT)
+        log = os.path.join(folder, "log")
+        for method, names, found in json.loads(text):
+            wanted = [None, None, log] if names == ["stderr"] else ["/dev/null", log, None]
+            same((method, names, found), (method, names, wanted))
+
+
 def check_name(place: str) -> None:
     for method in processes():
         there = state_by(method, name="crunch-the-numbers")

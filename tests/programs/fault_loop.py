@@ -47,6 +47,8 @@ STAGES = {
     "calloc(environ)": {"memory"},
     "calloc(cpus)": {"memory"},
     "calloc(argv)": {"memory"},
+    "malloc(setup)": {"memory"},
+    "malloc(copy)": {"memory"},
     "openat": {"option"},
     "malloc(path)": {"memory"},
     "mmap": {"fork"},
