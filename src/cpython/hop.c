@@ -160,10 +160,39 @@ after_in_parent_main(struct afk_forking *f)
     PyOS_AfterFork_Parent();
 }
 
+#ifdef Py_GIL_DISABLED
+static int
+unlock(PyObject *object, void *arg)
+{
+    (void)arg;
+    if (object->ob_mutex._bits != 0) /* else its page is not copied */
+        object->ob_mutex._bits = 0;
+    return 1;
+}
+
+/* Of dead threads. A contended lock is handed to a thread that waits for it, which may be
+ * stopped for the fork already (the mechanism of gh-144513): it got the lock and did
+ * nothing with it. No other thread has one, for a critical section ends where a thread
+ * can be stopped. Not if this thread is inside of one itself, which goes on. */
+static void
+unlock_objects(const PyThreadState *ts)
+{
+    if (ts->critical_section == 0)
+        PyUnstable_GC_VisitObjects(unlock, NULL);
+}
+#else
+static void
+unlock_objects(const PyThreadState *ts)
+{
+    (void)ts;
+}
+#endif
+
 static void
 after_in_child_main(struct afk_forking *f)
 {
     PyOS_AfterFork_Child();
+    unlock_objects(f->ts);
     if (f->parked)
         *afk_interp_child_hooks(f->layout, f->main) = f->main_hooks;
 }
