@@ -11,6 +11,7 @@ import _frozen_importlib
 import _thread
 import array
 import atexit
+import contextlib
 import fcntl
 import io
 import linecache
@@ -351,6 +352,23 @@ def reset_registered() -> None:
 # ---- the target ---------------------------------------------------------------------
 
 
+class _Unpickler(pickle.Unpickler):
+    """What a fresh interpreter calls ``__mp_main__`` is the program itself here."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "__mp_main__" and module not in sys.modules:
+            module = "__main__"
+        return super().find_class(module, name)
+
+
+def loads(data: bytes) -> Any:
+    """pickle.loads(), of what comes from a worker or goes to one."""
+    return _Unpickler(io.BytesIO(data)).load()
+
+
+importing_main = False  # a fresh interpreter is at it, for the sake of its target
+
+
 def load(data: bytes) -> tuple[Callable[..., object], tuple[object, ...]]:
     """Unpickle (fn, args), with the caller's module path behind this one's, and what was
     its ``__main__`` as ours: imported under the name ``__mp_main__``, so that what is
@@ -360,10 +378,15 @@ def load(data: bytes) -> tuple[Callable[..., object], tuple[object, ...]]:
     if main is not None:
         from multiprocessing import spawn
 
+        global importing_main
         kind, where = main
         fix: Any = getattr(spawn, f"_fixup_main_from_{kind}")
-        fix(where)
-    fn, args = pickle.loads(payload)
+        importing_main = True
+        try:
+            fix(where)
+        finally:
+            importing_main = False
+    fn, args = loads(payload)
     return fn, args
 
 
@@ -426,7 +449,7 @@ def restore(payload: bytes) -> BaseException:
     exc: BaseException = _errors.RemoteError(name, shown, text)
     if pickled is not None:
         try:
-            loaded = pickle.loads(pickled)
+            loaded = loads(pickled)
         except Exception as failure:
             exc.add_note(f"it could not be unpickled here: {failure!r}")
         else:
@@ -443,6 +466,9 @@ def restore(payload: bytes) -> BaseException:
 
 def finish() -> None:
     """What Py_FinalizeEx() would do for Python code, without finalizing."""
+    # What stands for a thread that Python did not start is dropped while that still works.
+    with contextlib.suppress(AttributeError):
+        del threading._thread_local_info._track_dummy_thread_ref  # type: ignore[attr-defined]
     try:
         threading._shutdown()  # type: ignore[attr-defined]
     finally:
@@ -459,7 +485,7 @@ def finish() -> None:
 
 # On free-threaded builds the first call of a C function prepares its argument parser,
 # and a child that was forked meanwhile waits for ever for a dead thread to finish.
-pickle.loads(pickle.dumps(None, protocol=5))
+loads(pickle.dumps(None, protocol=5))
 
 # Modules that the functions above reach only on their way: loaded now, for an
 # import in the child might wait for a dead thread.

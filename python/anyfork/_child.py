@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 import signal
+import threading
 import warnings
 from types import TracebackType
 from typing import IO, Any, Self
 
 from . import _anyfork, _boot
 from ._errors import SpawnError, WorkerDied, worker_name
+
+_taking_streams = threading.Lock()
+
+
+def _new_lock() -> None:
+    global _taking_streams
+    _taking_streams = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_new_lock)
 
 
 class Child(_anyfork.Child):
@@ -48,19 +58,20 @@ class Child(_anyfork.Child):
         return self._stream(2)
 
     def _stream(self, number: int) -> IO[bytes] | None:
-        streams: dict[int, IO[bytes]] = self.__dict__.setdefault("_streams", {})
-        if number not in streams:
-            fd = self._take_stdio(number)
-            if fd < 0:
-                return None
-            streams[number] = open(fd, "wb" if number == 0 else "rb")  # noqa: SIM115
-        return streams[number]
+        with _taking_streams:
+            streams: dict[int, IO[bytes]] = self.__dict__.setdefault("_streams", {})
+            if number not in streams:
+                fd = self._take_stdio(number)
+                if fd < 0:
+                    return None
+                streams[number] = open(fd, "wb" if number == 0 else "rb")  # noqa: SIM115
+            return streams[number]
 
     def close(self) -> None:
         """Kill the worker if it still runs and is not detached, reap it, and close all
         that belongs to the handle."""
         super().close()
-        for stream in self.__dict__.get("_streams", {}).values():
+        for stream in list(self.__dict__.get("_streams", {}).values()):
             with contextlib.suppress(OSError):  # what was not written yet has no reader
                 stream.close()
 
@@ -98,19 +109,30 @@ class Child(_anyfork.Child):
         WorkerDied if it ended without either; SpawnError if it never got to its
         target; TimeoutError.
         """
-        exc = self.exception(timeout)
+        if not self._wait(True, timeout):
+            raise TimeoutError(f"{worker_name(self.pid)} still runs after {timeout} s")
+        kind, payload = self._outcome()
+        exc = self._failure(kind, payload)
         if exc is not None:
             raise exc
-        _kind, payload = self._outcome()
-        return pickle.loads(payload)
+        try:
+            return _boot.loads(payload)
+        except Exception as failure:
+            failure.add_note("The target returned, but its result cannot be unpickled here.")
+            raise
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Wait for the worker's end; return what its target raised, or None."""
         if not self._wait(True, timeout):
             raise TimeoutError(f"{worker_name(self.pid)} still runs after {timeout} s")
+        return self._failure(*self._outcome())
+
+    def _failure(self, kind: int, payload: bytes) -> BaseException | None:
+        """What an ended worker's outcome stands for; None for a result."""
+        if self._closed and kind == 0 and not self._ready and self._error() is None:
+            return WorkerDied(self.pid, self._status, "its handle was closed")
         if not self._ready:
             return self._start_failure()
-        kind, payload = self._outcome()
         if kind == _boot.RESULT:
             return None
         if kind in (_boot.RAISED, _boot.ERROR):

@@ -322,7 +322,8 @@ def prepare(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
     unknown = sorted(options.keys() - NAMES)
     if unknown:
         raise TypeError(
-            f"{method}: unknown option {unknown[0]!r}; known are: {', '.join(sorted(NAMES))}"
+            f"{method}: unknown option {unknown[0]!r} (arguments of the target are positional: "
+            f"spawn(fn, 1, 2), or functools.partial); known are: {', '.join(sorted(NAMES))}"
         )
     plain: dict[str, Any] = {}
     for name, value in options.items():

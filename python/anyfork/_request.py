@@ -6,18 +6,26 @@ import io
 import os
 import pickle
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterable
-from types import FunctionType
 from typing import Any, Unpack
 
-from . import _anyfork, _exec, _options
+from . import _anyfork, _boot, _exec, _options
 from ._child import Child
 from ._options import Options, Path
 
 # The table is fixed when the library is built, and an interpreter stays what it is.
 _TRAITS = {row["name"]: row for row in _anyfork.method_traits()}
 _NAMES = tuple(_TRAITS)
+
+
+def _check_place() -> None:
+    if _boot.importing_main:
+        raise RuntimeError(
+            "a worker that imports the program, where its target is defined, would start workers "
+            "itself: what starts them belongs under `if __name__ == '__main__':`"
+        )
 
 
 def _check(fn: object, method: object) -> str:
@@ -39,7 +47,7 @@ class _Pickler(pickle.Pickler):
 
     def reducer_override(self, obj: Any) -> Any:
         # In a fresh worker the program is __mp_main__.
-        if isinstance(obj, type | FunctionType) and obj.__module__ in ("__main__", "__mp_main__"):
+        if getattr(obj, "__module__", None) in ("__main__", "__mp_main__"):
             self.names_main = True
         return NotImplemented
 
@@ -57,8 +65,20 @@ def _pickled(fn: Callable[..., object], args: tuple[object, ...], method: str) -
     main = None
     if _TRAITS[method]["target"] == "fresh" and pickler.names_main:
         main = _main_program(method)
-    path = [p for p in sys.path if isinstance(p, str)]
-    return pickle.dumps((path, sys.argv, main, buffer.getvalue()), protocol=5)
+    return pickle.dumps((_search_path(), sys.argv, main, buffer.getvalue()), protocol=5)
+
+
+def _search_path() -> list[str]:
+    """sys.path, which must not follow the worker's own working directory."""
+    try:
+        here = os.getcwd()
+    except OSError:  # it was removed
+        return [p for p in sys.path if isinstance(p, str)]
+    return [os.path.join(here, p) if p else here for p in sys.path if isinstance(p, str)]
+
+
+# CPython takes it away once the program's own code has run, but threads may go on.
+_MAIN_FILE = getattr(sys.modules.get("__main__"), "__file__", None)
 
 
 def _main_program(method: str) -> tuple[str, str]:
@@ -67,8 +87,13 @@ def _main_program(method: str) -> tuple[str, str]:
     module: Any = sys.modules["__main__"]
     name = getattr(getattr(module, "__spec__", None), "name", None)
     if name is not None:
+        if name == "__main__" or name.endswith(".__main__"):
+            raise TypeError(
+                f"{method}: the target is defined in {name}, which cannot be imported a second "
+                "time: put it in a module of its own, or use method='fork'"
+            )
         return "name", name
-    path = getattr(module, "__file__", None)
+    path = getattr(module, "__file__", None) or _MAIN_FILE
     if path is None or not os.path.exists(path):
         raise TypeError(
             f"{method}: the target is defined in an interactive __main__, which a fresh "
@@ -164,6 +189,7 @@ def spawn(
     owner, whatever it is doing then. Safe from any thread and any interpreter, also
     inside ``trio.run`` or an asyncio loop.
     """
+    _check_place()
     if argv is not None:
         if fn is not None:
             raise TypeError("argv: a worker has a target or a program, not both")
@@ -190,7 +216,13 @@ def run(
     """Call ``fn(*args)`` in a worker and return its result.
 
     Blocks until the worker has ended. Arguments and errors as :func:`spawn`;
-    raises also what the target raised, and :class:`WorkerDied`.
+    raises also what the target raised, and :class:`WorkerDied`. A standard stream cannot
+    be a pipe, of which nobody would have the other end.
     """
+    if "argv" in options:
+        raise TypeError("argv: run() calls a target; a program is started by spawn(argv=...)")
+    for name in ("stdin", "stdout", "stderr"):
+        if options.get(name) == subprocess.PIPE and type(options.get(name)) is int:
+            raise ValueError(f"{name}: nobody would have the other end of the pipe: use spawn()")
     with spawn(fn, *args, method=method, **options) as child:
         return child.result()

@@ -41,8 +41,9 @@ const char *afk_fault_last(void);
 int afk_os_pipe(int ret_fds[2], int flags);
 int afk_os_socketpair(int ret_fds[2], int type); /* SOCK_STREAM, say */
 int afk_os_dup_above(int fd, int lowest);
-/* A thread of ours: the host's signals are not for it. */
-int afk_os_thread(pthread_t *ret_thread, void *(*run)(void *), void *arg);
+/* A thread of ours: the host's signals are not for it. Or one for its caller's code, with
+ * the caller's mask: what it starts itself inherits it. */
+int afk_os_thread(pthread_t *ret_thread, void *(*run)(void *), void *arg, bool for_signals);
 int afk_os_pidfd_open(pid_t pid);
 int afk_os_pidfd_signal(int pidfd, int sig);
 /* 1 reaped, 0 still running, negative errno. ret_status is a wait status. */

@@ -61,14 +61,16 @@ afk_os_dup_above(int fd, int lowest)
 }
 
 int
-afk_os_thread(pthread_t *ret_thread, void *(*run)(void *), void *arg)
+afk_os_thread(pthread_t *ret_thread, void *(*run)(void *), void *arg, bool for_signals)
 {
     sigset_t all, old;
     (void)sigfillset(&all);
-    (void)pthread_sigmask(SIG_SETMASK, &all, &old);
+    if (!for_signals)
+        (void)pthread_sigmask(SIG_SETMASK, &all, &old);
     /* The default stack size: targets run on it. */
     int r = AFK_SYS("pthread_create", -pthread_create(ret_thread, NULL, run, arg));
-    (void)pthread_sigmask(SIG_SETMASK, &old, NULL);
+    if (!for_signals)
+        (void)pthread_sigmask(SIG_SETMASK, &old, NULL);
     return r;
 }
 

@@ -25,6 +25,7 @@
 
 #define DEATH_WAIT_NS ((int64_t)10 * 1000000000) /* for a child that was killed */
 
+#define LOOK_MS 20
 #define REAP_TRIES 3
 #define ARMED_LOOK_US 200
 #define ARMED_TRIES 50000 /* ten seconds */
@@ -566,15 +567,20 @@ afk_child_wait_step(struct anyfork_child *child, enum afk_until until, int64_t t
             return r < 0 ? r : 0;
         if (until == AFK_UNTIL_READY && (child->ready || child->error.kind != 0))
             return 0;
+        (void)pthread_mutex_lock(&child->lock);
         struct pollfd fds[2] = {{.fd = child->pidfd, .events = POLLIN},
                                 {.fd = child->status_fd, .events = POLLIN}};
-        int timeout_ms = -1;
+        (void)pthread_mutex_unlock(&child->lock);
+        /* A pidfd stays readable; a report may be read by another thread that waits, of
+         * which nothing would be left to wake this one. */
+        int timeout_ms = until == AFK_UNTIL_READY || child->in_process ? LOOK_MS : -1;
         if (deadline >= 0) {
             int64_t left = deadline - afk_os_now_ns();
             if (left <= 0)
                 return ANYFORK_ETIMEDOUT;
             left = (left + 999999) / 1000000;
-            timeout_ms = left > INT_MAX ? INT_MAX : (int)left;
+            left = left > INT_MAX ? INT_MAX : left;
+            timeout_ms = timeout_ms >= 0 && timeout_ms < left ? timeout_ms : (int)left;
         }
         /* A negative status_fd is ignored by poll(2). */
         if (poll(fds, 2, timeout_ms) < 0 && errno == EINTR)

@@ -204,7 +204,14 @@ afk_boot_run_target(PyObject *boot, const struct afk_job *job, const struct afk_
 void
 afk_boot_finish(PyObject *boot)
 {
+    /* A signal that came while nothing of Python ran must not take its place. */
+    if (PyErr_CheckSignals() < 0)
+        PyErr_WriteUnraisable(boot);
     PyObject *r = PyObject_CallMethod(boot, "finish", NULL);
+    if (r == NULL && PyErr_ExceptionMatches(PyExc_KeyboardInterrupt)) {
+        PyErr_WriteUnraisable(boot);
+        r = PyObject_CallMethod(boot, "finish", NULL); /* what it had done is not done again */
+    }
     if (r == NULL)
         PyErr_WriteUnraisable(boot);
     Py_XDECREF(r);
@@ -244,6 +251,7 @@ afk_boot_run(PyObject *boot, const struct afk_job *job, struct afk_forking *f,
     /* Not for the worker's own forked children. Out of memory: they keep them. */
     (void)afk_lifeline_register(reporter.fd, false);
     (void)afk_lifeline_register(f->plan.life_fd, false);
+    afk_pad_revive();
     settle(boot, job, f, &reporter);
     int code = in_subinterpreter ? afk_subint_host(job, &reporter)
                                  : afk_boot_run_target(boot, job, &reporter);

@@ -139,6 +139,7 @@ struct afk_forking {
     PyInterpreterState *main;
     PyThreadState *ts;
     struct anyfork_child *child;  /* adopted right after the fork; NULL for fork() */
+    bool for_pad;                 /* it is what the launch pad was asked for */
     struct afk_plan plan;
     PyObject *main_hooks;         /* parked, owned by the interpreter's list */
     bool parked;
@@ -245,6 +246,7 @@ int afk_pad_register_stop(struct anyfork_error *reterr);
 /* Stops the pads and ends their interpreter. Call with main's thread state. */
 int afk_pad_stop(int64_t timeout_ns);
 void afk_pad_begin(void); /* main's Python starts */
+void afk_pad_revive(void); /* a worker of a process whose Python was about to end */
 unsigned afk_pad_threads(void); /* how many pads there are */
 bool afk_pad_has_interpreter(void);
 

@@ -31,6 +31,7 @@ afk_forking_init(struct afk_forking *f, enum afk_fork_kind kind)
     f->main = PyInterpreterState_Main();
     f->ts = NULL;
     f->child = NULL;
+    f->for_pad = false;
     afk_plan_init(&f->plan);
     f->main_hooks = f->caller_hooks = NULL;
     f->parked = false;
@@ -212,7 +213,7 @@ afk_fork_from(struct afk_forking *f, struct anyfork_error *reterr)
     int r = shape->before(f, reterr);
     if (r < 0)
         return r;
-    if (!afk_pad_commit()) {
+    if (f->for_pad && !afk_pad_commit()) {
         shape->after_in_parent(f);
         return AFK_FAIL(reterr, ANYFORK_ETIMEDOUT, ANYFORK_STAGE_PAD, 0, "the caller gave up");
     }

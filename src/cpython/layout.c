@@ -451,6 +451,7 @@ walk_frames(uint64_t frame_previous, const PyThreadState *ts)
     return -1;
 }
 
+#define PROBE_TRIES 5 /* a signal handler may raise instead of going on */
 static _Thread_local const struct table *probed;
 static _Thread_local int probe_result;
 
@@ -462,22 +463,41 @@ probe_stack(PyObject *Py_UNUSED(self), PyObject *Py_UNUSED(args))
 }
 static PyMethodDef probe_def = {"probe", probe_stack, METH_NOARGS, NULL};
 
-/* Asked from inside a Python frame: a caller in C may have none. */
+/* What a signal handler raised in the middle of ours comes again at the caller's next
+ * step. */
+static void
+raise_later(void)
+{
+    PyObject *exc = PyErr_GetRaisedException();
+    if (exc != NULL && !PyErr_GivenExceptionMatches(exc, PyExc_MemoryError))
+        (void)PyThreadState_SetAsyncExc(PyThread_get_thread_ident(), (PyObject *)Py_TYPE(exc));
+    Py_XDECREF(exc);
+}
+
+/* Asked from inside a Python frame: a caller in C may have none. A handler may start a
+ * worker there, and so come here again. */
 static const char *
 check_stack(const struct table *t)
 {
+    const struct table *outer = probed;
     PyObject *globals = PyDict_New(), *probe = PyCFunction_New(&probe_def, NULL), *r = NULL;
-    probed = t;
-    probe_result = -1;
-    if (globals != NULL && probe != NULL &&
-        PyDict_SetItemString(globals, "__builtins__", PyEval_GetBuiltins()) == 0 &&
-        PyDict_SetItemString(globals, "probe", probe) == 0)
+    int result = -1;
+    bool ready = globals != NULL && probe != NULL &&
+                 PyDict_SetItemString(globals, "__builtins__", PyEval_GetBuiltins()) == 0 &&
+                 PyDict_SetItemString(globals, "probe", probe) == 0;
+    for (int tries = 0; tries < PROBE_TRIES && ready && result == -1; tries++) {
+        probed = t;
+        probe_result = -1;
         r = PyRun_String("probe()", Py_eval_input, globals, globals);
+        result = probed == t ? probe_result : -1;
+        Py_XDECREF(r);
+        raise_later();
+    }
     PyErr_Clear();
-    Py_XDECREF(r);
+    probed = outer;
     Py_XDECREF(probe);
     Py_XDECREF(globals);
-    return probe_result == 1 ? NULL : "no entry frame of this thread on its C stack";
+    return result == 1 ? NULL : "no entry frame of this thread on its C stack";
 }
 
 /* ---- discovery -------------------------------------------------------------------- */
@@ -575,6 +595,7 @@ afk_layout_discover(const struct afk_layout_source *source, struct afk_layout *l
 /* 0 unknown, 1 being discovered, 2 known. No lock: a fork may come at any time,
  * and what is found is the same for every thread. */
 static atomic_int known;
+static _Atomic(unsigned long) discoverer; /* a thread's ident; a handler of its signals may ask */
 static struct afk_layout here;
 
 const struct afk_layout *
@@ -582,13 +603,18 @@ afk_layout(void)
 {
     while (atomic_load(&known) != 2) {
         int unknown = 0;
-        if (atomic_compare_exchange_strong(&known, &unknown, 1)) {
+        unsigned long me = PyThread_get_thread_ident();
+        bool mine = atomic_compare_exchange_strong(&known, &unknown, 1);
+        if (mine || atomic_load(&discoverer) == me) {
+            atomic_store(&discoverer, me);
             struct afk_layout_source source;
             struct afk_layout found;
             afk_layout_source_here(&source);
             afk_layout_discover(&source, &found);
-            here = found;
+            if (atomic_load(&known) != 2)
+                here = found;
             atomic_store(&known, 2);
+            atomic_store(&discoverer, 0);
             break;
         }
         PyThreadState *ts = PyEval_SaveThread();
@@ -610,6 +636,7 @@ in_forked_child(void)
 {
     int discovering = 1;
     (void)atomic_compare_exchange_strong(&known, &discovering, 0);
+    atomic_store(&discoverer, 0);
 }
 
 __attribute__((constructor)) static void

@@ -41,7 +41,9 @@ struct request {
     atomic_int users;
     sem_t done;
     struct afk_pad_work work;
+    enum afk_pad kind;
     cpu_set_t caller_cpus; /* a worker runs where its caller may */
+    sigset_t caller_mask;  /* and what fork hooks start gets the signals that it would */
     atomic_int loan;
     int result;
     struct anyfork_error error;
@@ -174,8 +176,11 @@ serve(struct request *r)
     (void)pthread_setaffinity_np(pthread_self(), sizeof r->caller_cpus, &r->caller_cpus);
     int requested = REQUESTED;
     if (atomic_compare_exchange_strong(&r->state, &requested, RUNNING)) {
+        sigset_t ours;
         serving = r;
+        (void)pthread_sigmask(SIG_SETMASK, &r->caller_mask, &ours);
         r->result = r->work.job(r->work.arg, &r->error);
+        (void)pthread_sigmask(SIG_SETMASK, &ours, NULL);
         serving = NULL;
         /* DONE unless the caller gave up meanwhile. */
         int running = RUNNING, committed = COMMITTED;
@@ -223,11 +228,17 @@ pad_main(void *arg)
     PyThreadState *ts = p->kind == AFK_PAD_SUBINT ? make_interpreter(&first->error) : NULL;
     if (ts == NULL && p->kind == AFK_PAD_SUBINT) {
         int requested = REQUESTED;
-        first->result = first->error.code;
+        struct anyfork_error why = first->error;
         atomic_store(&p->failed, true);
-        if (atomic_compare_exchange_strong(&first->state, &requested, DONE))
-            (void)sem_post(&first->done);
-        let_go(first);
+        /* Whoever asked meanwhile, since the first gave up, is told the same. */
+        for (struct request *r = first; r != NULL; r = atomic_exchange(&p->request, NULL)) {
+            requested = REQUESTED;
+            r->error = why;
+            r->result = why.code;
+            if (atomic_compare_exchange_strong(&r->state, &requested, DONE))
+                (void)sem_post(&r->done);
+            let_go(r);
+        }
         return NULL;
     }
     for (struct request *r = first;; r = atomic_exchange(&p->request, NULL)) {
@@ -308,7 +319,9 @@ ask(struct pad *p, const struct afk_pad_work *work, int64_t deadline, bool *lent
     (void)sem_init(&r->done, 0, 0);
     atomic_store(&r->users, 2);
     atomic_store(&r->loan, *lent ? OFFERED : NO_LOAN);
+    r->kind = p->kind;
     r->work = *work;
+    (void)pthread_sigmask(SIG_SETMASK, NULL, &r->caller_mask);
     if (pthread_getaffinity_np(pthread_self(), sizeof r->caller_cpus, &r->caller_cpus) != 0)
         memset(&r->caller_cpus, 0xff, sizeof r->caller_cpus);
     struct request *unserved = atomic_exchange(&p->request, r);
@@ -377,6 +390,9 @@ afk_pad_register_stop(struct anyfork_error *reterr)
 static void
 forget(struct place *place)
 {
+    struct request *unserved = atomic_exchange(&place->pad->request, NULL);
+    if (unserved != NULL)
+        let_go(unserved);
     (void)sem_destroy(&place->pad->wake);
     free(place->pad);
     place->pad = NULL;
@@ -399,7 +415,7 @@ bring_up(enum afk_pad kind, int64_t deadline, struct anyfork_error *reterr)
         return AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_MEMORY, ENOMEM, "launch pad");
     p->kind = kind;
     (void)sem_init(&p->wake, 0, 0);
-    int r = afk_os_thread(&p->thread, pad_main, p);
+    int r = afk_os_thread(&p->thread, pad_main, p, false);
     if (r < 0) {
         (void)sem_destroy(&p->wake);
         free(p);
@@ -446,6 +462,11 @@ afk_pad_run(enum afk_pad kind, const struct afk_pad_work *work, int64_t timeout_
     PyInterpreterState *here = me->interp; /* `me` may be freed: Python may end */
     int64_t deadline = afk_os_now_ns() + timeout_ns;
 
+    if (serving != NULL && serving->kind == kind) {
+        drop_work(work);
+        return AFK_FAIL(reterr, ANYFORK_EUNAVAILABLE, ANYFORK_STAGE_PAD, 0,
+                        "a fork hook on the launch pad asks that launch pad: use method fork");
+    }
     int result = afk_pad_register_stop(reterr);
     if (result < 0) {
         drop_work(work);
@@ -520,6 +541,12 @@ void
 afk_pad_begin(void)
 {
     atomic_store(&registered, false);
+    atomic_store(&stopped, false);
+}
+
+void
+afk_pad_revive(void)
+{
     atomic_store(&stopped, false);
 }
 

@@ -9,6 +9,7 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #define PAD_TIMEOUT_NS ((int64_t)10 * 1000000000)
 
@@ -29,11 +30,25 @@ keep_streams(PyObject *boot, struct afk_plan *plan, PyObject **ret_bytes,
     return 0;
 }
 
+/* A fork hook has forked itself, and its child went on, out of the hook: the thread states
+ * that the start would go back to are gone. */
+static void
+end_if_forked_by_a_hook(unsigned generation)
+{
+    static const char text[] = "anyfork: a fork hook forked, and its child returned from it: "
+                               "it ends here\n";
+    if (afk_generation() == generation)
+        return;
+    (void)!write(2, text, sizeof text - 1);
+    _exit(AFK_EXIT_PRELUDE);
+}
+
 /* On the thread that forks. */
 static int
-start_here(const struct afk_method *method, const struct afk_job *job,
+start_here(const struct afk_method *method, const struct afk_job *job, bool for_pad,
            struct anyfork_child **ret_child, struct anyfork_error *reterr)
 {
+    unsigned generation = afk_generation();
     struct afk_forking f;
     struct anyfork_child *child = NULL;
     PyThreadState *from, *fresh;
@@ -47,6 +62,7 @@ start_here(const struct afk_method *method, const struct afk_job *job,
     if (r < 0)
         return r;
     f.child = child;
+    f.for_pad = for_pad;
     f.plan.setup = job->setup;
     f.plan.dispositions = AFK_DISPOSITIONS_DEFAULT;
     f.plan.set_wakeup_fd = PySignal_SetWakeupFd;
@@ -66,6 +82,7 @@ start_here(const struct afk_method *method, const struct afk_job *job,
         if (r == 0)
             /* In the child; never returns. */
             afk_boot_run(boot, job, &f, method->target == AFK_TARGET_FRESH);
+        end_if_forked_by_a_hook(generation);
         Py_XDECREF(kept);
         Py_DECREF(boot);
     }
@@ -90,7 +107,7 @@ static int
 start_on_pad(void *arg, struct anyfork_error *reterr)
 {
     struct pad_start *start = arg;
-    return start_here(start->method, &start->job, &start->child, reterr);
+    return start_here(start->method, &start->job, true, &start->child, reterr);
 }
 
 static void
@@ -116,7 +133,7 @@ afk_start_fork(const struct afk_method *method, const struct afk_job *job,
 {
     bool in_main = PyInterpreterState_Get() == PyInterpreterState_Main();
     if (method->pad == AFK_PAD_NONE || (method->pad == AFK_PAD_SUBINT && !in_main))
-        return start_here(method, job, ret_child, reterr);
+        return start_here(method, job, false, ret_child, reterr);
 
     struct pad_start *start = AFK_ALLOC("calloc(start)", calloc(1, sizeof *start));
     if (start == NULL)

@@ -18,7 +18,10 @@
 
 #define LOOK_US 50000 /* between two looks at signals */
 
+/* From malloc(): in a forked child of the target's, the stack of the thread that waits for
+ * it is free for new threads. */
 struct host {
+    unsigned generation; /* of the process that it is hosted in */
     struct afk_job job;
     struct afk_reporter reporter;
     bool owned;      /* the thread frees this, and closes the reporter's fd */
@@ -92,6 +95,8 @@ host_main(void *arg)
     h->code = run(h);
     if (!h->owned)
         return NULL;
+    if (h->generation != afk_generation())
+        return NULL; /* a child that the target forked: nobody's worker */
     afk_reporter_send(&h->reporter, AFK_REPORT_EXIT, 0, h->code, NULL, 0);
     int fd = h->reporter.fd;
     free((void *)(uintptr_t)h->job.pickle);
@@ -105,19 +110,26 @@ host_main(void *arg)
 int
 afk_subint_host(const struct afk_job *job, const struct afk_reporter *reporter)
 {
-    struct host h = {.job = *job, .reporter = *reporter, .code = AFK_EXIT_PRELUDE};
+    struct host *h = calloc(1, sizeof *h);
     pthread_t thread;
-    int r = afk_os_thread(&thread, host_main, &h);
+    int r = -ENOMEM, code = AFK_EXIT_PRELUDE;
+    if (h != NULL) {
+        *h = (struct host){.job = *job, .reporter = *reporter, .code = AFK_EXIT_PRELUDE};
+        r = afk_os_thread(&thread, host_main, h, true);
+    }
     if (r < 0) {
         struct anyfork_error error;
         (void)AFK_FAIL(&error, ANYFORK_ESYSTEM, ANYFORK_STAGE_THREAD, -r, "for the interpreter");
         afk_reporter_fail(reporter, &error);
-        return AFK_EXIT_PRELUDE;
+        free(h);
+        return code;
     }
     Py_BEGIN_ALLOW_THREADS
     (void)pthread_join(thread, NULL);
     Py_END_ALLOW_THREADS
-    return h.code;
+    code = h->code;
+    free(h);
+    return code;
 }
 
 int
@@ -138,6 +150,7 @@ afk_start_subint(const struct afk_method *method, const struct afk_job *job,
     h->job = *job;
     h->job.pickle = pickle;
     h->owned = true;
+    h->generation = afk_generation();
 
     struct anyfork_child *child = NULL;
     int fd = -1;
@@ -151,7 +164,7 @@ afk_start_subint(const struct afk_method *method, const struct afk_job *job,
         goto fail;
     }
     atomic_fetch_add(&running, 1);
-    r = afk_os_thread(&thread, host_main, h);
+    r = afk_os_thread(&thread, host_main, h, true);
     if (r < 0) {
         atomic_fetch_sub(&running, 1);
         r = AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_THREAD, -r, "for the interpreter");

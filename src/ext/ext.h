@@ -12,6 +12,8 @@ struct ext_state *ext_state_of(PyObject *module);
 
 /* py_errors.c: sets the Python exception for `error`; returns NULL. */
 PyObject *ext_raise(const struct anyfork_error *error, const char *method);
+/* What we say of an error, as str: it may hold a path. */
+PyObject *ext_text(const char *detail);
 
 /* py_options.c */
 struct ext_options {

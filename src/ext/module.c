@@ -189,8 +189,9 @@ ext_methods(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(args))
         struct anyfork_error error = {0};
         int r = afk_method_probe(&afk_methods[i], &error);
         PyObject *row = traits(&afk_methods[i]);
-        PyObject *tried = Py_BuildValue("{s:O,s:z}", "available", r == 0 ? Py_True : Py_False,
-                                        "reason", r == 0 ? NULL : error.detail);
+        PyObject *reason = r == 0 ? Py_NewRef(Py_None) : ext_text(error.detail);
+        PyObject *tried = Py_BuildValue("{s:O,s:N}", "available", r == 0 ? Py_True : Py_False,
+                                        "reason", reason);
         if (row != NULL && (tried == NULL || PyDict_Update(row, tried) < 0))
             Py_CLEAR(row);
         Py_XDECREF(tried);

@@ -7,6 +7,7 @@
 struct child_object {
     PyObject_HEAD
     struct anyfork_child *child; /* NULL once closed */
+    bool closing;                /* by one call; others see the worker until it is done */
     const char *method;          /* static string of the table */
     struct afk_child_view last;  /* what was known when it was closed */
 };
@@ -53,28 +54,26 @@ view(struct child_object *self, struct afk_child_view *ret)
 static void
 close_handle(struct child_object *self)
 {
-    struct anyfork_child *child;
+    struct anyfork_child *child = NULL;
     Py_BEGIN_CRITICAL_SECTION(self);
-    child = self->child;
-    if (child != NULL) {
-        self->child = NULL;
-        afk_child_view(child, &self->last);
-        self->last.pidfd = self->last.status_fd = -1;
-        self->last.payload = NULL;
-        self->last.outcome = 0;
+    if (self->child != NULL && !self->closing) {
+        self->closing = true;
+        child = self->child;
+        afk_child_ref(child);
     }
     Py_END_CRITICAL_SECTION();
     if (child == NULL)
         return;
-    afk_child_ref(child);
     Py_BEGIN_ALLOW_THREADS
     anyfork_child_close(child); /* kills and reaps what still runs */
     Py_END_ALLOW_THREADS
-    struct afk_child_view v;
-    afk_child_view(child, &v);
-    self->last.ended = v.ended;
-    self->last.status = v.status;
-    self->last.status_from = v.status_from;
+    Py_BEGIN_CRITICAL_SECTION(self);
+    afk_child_view(child, &self->last);
+    self->last.pidfd = self->last.status_fd = -1;
+    self->last.payload = NULL;
+    self->last.outcome = 0;
+    self->child = NULL;
+    Py_END_CRITICAL_SECTION();
     afk_child_unref(child);
 }
 
@@ -297,7 +296,8 @@ child_error(PyObject *op, PyObject *Py_UNUSED(args))
     view((struct child_object *)op, &v);
     if (v.error.kind == 0)
         Py_RETURN_NONE;
-    return Py_BuildValue("sis", anyfork_stage_name(v.error.stage), v.error.sys_errno, v.error.detail);
+    return Py_BuildValue("siN", anyfork_stage_name(v.error.stage), v.error.sys_errno,
+                         ext_text(v.error.detail));
 }
 
 static PyObject *

@@ -8,6 +8,7 @@ import contextvars
 import gc
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -589,6 +590,105 @@ def check_status_is_not_lost(place: str) -> None:
 
 
 @places("main", "isolated")
+def terminate_a_program() -> int:
+    with subprocess.Popen(["sleep", "100"]) as process:
+        process.terminate()
+        try:
+            return process.wait(LIMIT / 4)
+        finally:
+            process.kill()
+
+
+def check_what_a_worker_starts_can_be_terminated(place: str) -> None:
+    """It inherits the signal mask of the thread that its target runs on."""
+    for row in anyfork.methods():
+        if row.available:
+            same((row.name, anyfork.run(terminate_a_program, method=row.name)), (row.name, -15))
+
+
+def seconds_to_ready(child: anyfork.Child, into: list[float]) -> None:
+    start = time.monotonic()
+    child.wait_ready(LIMIT)
+    into.append(time.monotonic() - start)
+
+
+def check_ready_is_told_to_every_waiter(place: str) -> None:
+    """Whoever reads the record must not leave the others asleep."""
+    for method in available():
+        for _round in range(3):
+            with anyfork.spawn(time.sleep, 1.5, method=method) as child:
+                took: list[float] = []
+                waiters = [
+                    threading.Thread(target=seconds_to_ready, args=(child, took)) for _ in range(3)
+                ]
+                for thread in waiters:
+                    thread.start()
+                for thread in waiters:
+                    thread.join()
+                child.result(LIMIT)
+                assert len(took) == 3 and max(took) < 1.2, (method, took)
+
+
+def check_close_beside_wait(place: str) -> None:
+    """The status is known to who waits, whoever closes the handle meanwhile."""
+    for row in anyfork.methods():
+        if not (row.available and row.has_process and row.target != "fresh"):
+            continue
+        for _round in range(5):
+            codes: list[object] = []
+
+            def wait(child: anyfork.Child, into: list[object] = codes) -> None:
+                try:
+                    into.append(child.wait(LIMIT))
+                except BaseException as failure:
+                    into.append(repr(failure))
+
+            child = anyfork.spawn(time.sleep, 100, method=row.name)
+            thread = threading.Thread(target=wait, args=(child,))
+            thread.start()
+            time.sleep(0.01)
+            child.close()
+            thread.join()
+            same((row.name, codes), (row.name, [-9]))
+            exc = raises(anyfork.WorkerDied, child.result)
+            assert "its handle was closed" in str(exc), exc
+
+
+def check_streams_from_several_threads(place: str) -> None:
+    for _round in range(5):
+        with anyfork.spawn(argv=["true"], stdout=subprocess.PIPE) as child:
+            got: list[object] = []
+
+            def take(child: anyfork.Child = child, into: list[object] = got) -> None:
+                into.append(child.stdout)
+
+            threads = [threading.Thread(target=take) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert len(set(map(id, got))) == 1 and None not in got, got
+
+
+def check_run_has_no_pipes_and_no_programs(place: str) -> None:
+    for name in ("stdin", "stdout", "stderr"):
+        exc = raises(
+            ValueError, lambda n=name: anyfork.run(int, method="exec", **{n: subprocess.PIPE})
+        )
+        assert name in str(exc) and "spawn()" in str(exc), exc
+    assert "spawn(argv" in str(raises(TypeError, lambda: anyfork.run(None, argv=["true"])))
+
+
+class Unpicklable:
+    def __reduce__(self) -> tuple[object, ...]:
+        return int, ("not a number",)
+
+
+def check_a_result_that_cannot_be_unpickled(place: str) -> None:
+    exc = raises(ValueError, anyfork.run, Unpicklable, method="exec")
+    assert any("cannot be unpickled here" in note for note in exc.__notes__), exc.__notes__
+
+
 def check_many_at_once(place: str) -> None:
     import resource
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 
@@ -16,6 +17,21 @@ def target(seconds: float) -> str:
     return IMPORTED_AS
 
 
+class Answer:
+    """What only the program has."""
+
+
+class Refusal(Exception):
+    pass
+
+
+@functools.cache
+def answer(refuse: bool) -> Answer:
+    if refuse:
+        raise Refusal("no")
+    return Answer()
+
+
 def nest(method: str) -> str:
     """The program's own target in a worker of a worker."""
     return str(anyfork.run(target, 0.0, method=method))
@@ -26,6 +42,13 @@ if __name__ == "__main__":
     match mode:
         case "result":
             print(anyfork.run(target, 0.0, method=method))
+            assert type(anyfork.run(answer, False, method=method)) is Answer
+            try:
+                anyfork.run(answer, True, method=method)
+            except Refusal as exc:
+                assert str(exc) == "no"
+            else:
+                raise AssertionError("it was not refused")
         case "nested":
             print(anyfork.run(nest, method, method=method))
         case "end":  # the program ends before its worker

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from attack_helpers import parametrized, run_check, run_program
 
@@ -34,3 +38,22 @@ def test_the_end_of_the_program(row: anyfork.Method, mode: str, code: int) -> No
     done = run_program("fresh_main.py", row.name, mode)
     assert done.returncode == code, done.stderr
     assert ("the target ends" in done.stdout) == (not row.has_process), done.stdout
+
+
+UNGUARDED = """
+import anyfork
+def f(): return 1
+anyfork.run(f, method={method!r})
+"""
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("method", [row.name for row in FRESH])
+def test_a_program_without_the_guard_is_told_so(method: str, tmp_path: Path) -> None:
+    program = tmp_path / "unguarded.py"
+    program.write_text(UNGUARDED.format(method=method))
+    done = subprocess.run(
+        [sys.executable, str(program)], capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 1
+    assert "if __name__ == '__main__'" in done.stderr, done.stderr

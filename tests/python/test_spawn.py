@@ -41,3 +41,13 @@ def test_pad(mode: str) -> None:
     assert done.stderr == ""
     if mode not in ("exit", "raise"):
         assert "ok" in done.stdout.split()
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("method", ["fork", "subint_fork"])
+def test_a_signal_handler_starts_a_worker_in_the_middle_of_the_first_start(method: str) -> None:
+    done = run_program("first_start.py", method)
+    if "MethodUnavailable" in done.stderr:
+        pytest.skip(done.stderr.strip().splitlines()[-1])
+    assert done.returncode == 0, (done.stdout, done.stderr)
+    assert done.stdout.split() == ["ok"]
