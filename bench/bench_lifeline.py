@@ -47,7 +47,7 @@ def own(pipe: int, megabytes: int, layer: str) -> None:
     worker.wait_ready(LIMIT)
     time.sleep(0.05)  # it is in its target by now
     os.write(pipe, b"%d" % worker.pid)
-    time.sleep(3600)
+    sleep_for_ever()
 
 
 def milliseconds(megabytes: int, layer: str) -> float:

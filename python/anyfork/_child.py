@@ -84,12 +84,15 @@ class Child(_anyfork.Child):
         Raises: TimeoutError; WorkerDied if somebody else in this process reaped
         the worker and nothing tells its status.
         """
-        if not self._wait(True, timeout):
-            raise TimeoutError(f"{worker_name(self.pid)} still runs after {timeout} s")
+        self._await_end(timeout)
         code = self.returncode
         if code is None:
             raise WorkerDied(self.pid, None)
         return code
+
+    def _await_end(self, timeout: float | None) -> None:
+        if not self._wait(True, timeout):
+            raise TimeoutError(f"{worker_name(self.pid)} still runs after {timeout} s")
 
     def wait_ready(self, timeout: float | None = None) -> None:
         """Wait until the worker is about to call its target.
@@ -109,8 +112,7 @@ class Child(_anyfork.Child):
         WorkerDied if it ended without either; SpawnError if it never got to its
         target; TimeoutError.
         """
-        if not self._wait(True, timeout):
-            raise TimeoutError(f"{worker_name(self.pid)} still runs after {timeout} s")
+        self._await_end(timeout)
         kind, payload = self._outcome()
         exc = self._failure(kind, payload)
         if exc is not None:
@@ -123,8 +125,7 @@ class Child(_anyfork.Child):
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Wait for the worker's end; return what its target raised, or None."""
-        if not self._wait(True, timeout):
-            raise TimeoutError(f"{worker_name(self.pid)} still runs after {timeout} s")
+        self._await_end(timeout)
         return self._failure(*self._outcome())
 
     def _failure(self, kind: int, payload: bytes) -> BaseException | None:

@@ -146,6 +146,13 @@ def can_unshare(flags: int) -> bool:
     return os.waitpid(pid, 0)[1] == 0
 
 
+def innermost_pid(process: int | str | None) -> int:
+    """Its number in the pid namespace that it is in."""
+    with open(f"/proc/{process}/status") as f:
+        (line,) = (line for line in f if line.startswith("NSpid:"))
+    return int(line.split()[-1])
+
+
 def own_an_init(pipe: int, method: str, guard: bool, sig: int) -> None:
     if guard:
         anyfork.spawn(int, method=method, guard=True).close()
@@ -158,9 +165,7 @@ def own_an_init(pipe: int, method: str, guard: bool, sig: int) -> None:
             tell(pipe, worker.pid)
             return
     worker.wait_ready(LIMIT)
-    with open(f"/proc/{worker.pid}/status") as f:
-        (line,) = (line for line in f if line.startswith("NSpid:"))
-    same(line.split()[-1], "1")
+    same(innermost_pid(worker.pid), 1)
     tell(pipe, worker.pid)
     sleep_for_ever()
 
@@ -228,24 +233,22 @@ def check_a_guard_from_before_a_limit_was_raised(place: str) -> None:
     assert held >= workers, (held, workers)
 
 
-def init_of_owner(pipe: int, method: str) -> None:
-    """The owner is process 1, and so are its workers' signals none of its own."""
+def own_as_init(pipe: int, method: str) -> None:
     worker = anyfork.spawn(sleep_for_ever, method=method)
     worker.wait_ready(LIMIT)
-    with open("/proc/self/status") as f:
-        (line,) = (line for line in f if line.startswith("NSpid:"))
-    same((os.getpid(), line.split()[-1]), (1, "1"))
+    same((os.getpid(), innermost_pid("self")), (1, 1))
     os.write(pipe, b"up")
     sleep_for_ever()
 
 
 def start_an_init(pipe: int, method: str) -> None:
-    """Its child is the owner, and what it tells is the owner's pid, not the worker's."""
+    """Its child is the owner, process 1 of a namespace; it tells that one's pid and the
+    worker's, as they are out here."""
     os.unshare(os.CLONE_NEWPID)
     r, w = os.pipe()
     pid = os.fork()
     if pid == 0:
-        init_of_owner(w, method)
+        own_as_init(w, method)
         os._exit(1)
     os.close(w)
     assert os.read(r, 2) == b"up"

@@ -31,6 +31,16 @@ def wait(pid: int, limit: float = LIMIT) -> int | None:
     return None if hung else code
 
 
+def tell_progress(done: int, count: int, bad: int, began: float) -> None:
+    """The line that tools/soak shows."""
+    speed = done / (time.monotonic() - began)
+    print(
+        f"{done}/{count} forks, {bad} bad, {speed:.0f}/s, {(count - done) / speed:.0f} s left",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
 def tell_hung(pid: int | None) -> None:
     """Before it is killed: tools/soak looks at what it waits for."""
     os.write(2, f"hung: {pid}\n".encode())

@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import resource
 import statistics
-import sys
 import time
 from collections import deque
 
@@ -57,15 +56,6 @@ def end(child: anyfork.Child, bad: list[str]) -> None:
                 bad.append(f"{child.pid}: {code}")
 
 
-def tell_progress(done: int, count: int, bad: list[str], began: float) -> None:
-    speed = done / (time.monotonic() - began)
-    print(
-        f"{done}/{count} forks, {len(bad)} bad, {speed:.0f}/s, {(count - done) / speed:.0f} s left",
-        file=sys.stderr,
-        flush=True,
-    )
-
-
 def one_after_the_other(method: str, count: int, progress: bool) -> None:
     bad: list[str] = []
     for _ in range(min(WARM_UP, count)):
@@ -87,7 +77,7 @@ def one_after_the_other(method: str, count: int, progress: bool) -> None:
             snapshots.append(leaks.settled(first))
         if progress and (time.monotonic() - told > 1 or n == count):
             told = time.monotonic()
-            tell_progress(n, count, bad, began)
+            outcomes.tell_progress(n, count, len(bad), began)
     while running:
         end(running.popleft(), bad)
     tell(method, count, bad, began, times, snapshots)

@@ -177,14 +177,7 @@ def collect(r: int, n: int, progress: bool) -> tuple[list[int], list[float]]:
             now = time.monotonic()
             if progress and (now - told > 1 or len(codes) == n):
                 told = now
-                bad = sum(code != 0 for code in codes)
-                speed = len(codes) / (now - start)
-                print(
-                    f"{len(codes)}/{n} forks, {bad} bad, {speed:.0f}/s, "
-                    f"{(n - len(codes)) / speed:.0f} s left",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                outcomes.tell_progress(len(codes), n, sum(code != 0 for code in codes), start)
     return codes, times
 
 
