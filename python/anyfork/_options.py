@@ -29,7 +29,7 @@ _NO_LIMIT = 2**64 - 1
 
 
 class Options(TypedDict, total=False):
-    """Keywords of :func:`anyfork.spawn`; what is not given is as the owner has it.
+    """Keywords of :func:`anyfork.spawn`; what is not given, or None, is as the owner has it.
 
     executable: the program to run, else ``argv[0]`` looked up in PATH; for a Python
       target the interpreter. Only with ``exec``.
@@ -43,7 +43,7 @@ class Options(TypedDict, total=False):
     oom_score_adj: -1000 to 1000.
     name: what ``ps`` and ``top`` show.
     start_new_session, process_group: as of :class:`subprocess.Popen`.
-    stdin, stdout, stderr: None, :data:`subprocess.PIPE`, :data:`subprocess.DEVNULL`, a
+    stdin, stdout, stderr: :data:`subprocess.PIPE`, :data:`subprocess.DEVNULL`, a
       descriptor or file, or a path; stderr also :data:`subprocess.STDOUT`. A path is
       opened for appending, that of stdin for reading.
     fds: {number in the worker: descriptor or file}; 3 and above.
@@ -192,7 +192,10 @@ def _signal(name: str, value: object) -> int:
 def _fd(name: str, value: object) -> int:
     """The number of a descriptor, or of an object that has one."""
     fileno = getattr(value, "fileno", None)
-    number = _int(name, fileno() if callable(fileno) else value)
+    try:
+        number = _int(name, fileno() if callable(fileno) else value)
+    except OSError:  # io.UnsupportedOperation of a StringIO, say
+        raise ValueError(f"{name}: {type(value).__name__} has no file descriptor") from None
     if number < 0:
         raise ValueError(f"{name}: {number} is not a file descriptor")
     return number
@@ -239,9 +242,7 @@ def _rlimits(name: str, value: object) -> list[tuple[int, int, int]]:
     return limits
 
 
-def _stdio(name: str, value: object) -> tuple[int, int, bytes | None, int, int] | None:
-    if value is None:
-        return None
+def _stdio(name: str, value: object) -> tuple[int, int, bytes | None, int, int]:
     if isinstance(value, int) and not isinstance(value, bool):
         if value in _SPECIAL:
             return (_SPECIAL[value], -1, None, 0, 0)
@@ -326,12 +327,11 @@ def prepare(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
             f"spawn(fn, 1, 2), or functools.partial); known are: {', '.join(sorted(NAMES))}"
         )
     plain: dict[str, Any] = {}
+    options = {name: value for name, value in options.items() if value is not None}
     for name, value in options.items():
         if name in _PLAIN:
             key, convert = _PLAIN[name]
-            made = convert(name, value)
-            if made is not None:
-                plain[key] = made
+            plain[key] = convert(name, value)
     _session(options, plain)
     _descriptors(options, plain)
     _lifeline(options, plain)

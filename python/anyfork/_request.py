@@ -18,6 +18,8 @@ from ._options import Options, Path
 # The table is fixed when the library is built, and an interpreter stays what it is.
 _TRAITS = {row["name"]: row for row in _anyfork.method_traits()}
 _NAMES = tuple(_TRAITS)
+# inspect.CO_COROUTINE, CO_ASYNC_GENERATOR
+_CO_COROUTINE, _CO_ASYNC_GENERATOR = 0x80, 0x200
 
 
 def _check_place() -> None:
@@ -28,9 +30,22 @@ def _check_place() -> None:
         )
 
 
+def _is_async(fn: object) -> bool:
+    """As inspect.iscoroutinefunction(); its import takes longer than a start."""
+    while (inner := getattr(fn, "func", None)) is not None and callable(inner):
+        fn = inner  # functools.partial
+    flags = getattr(getattr(fn, "__code__", None), "co_flags", 0)
+    return bool(flags & (_CO_COROUTINE | _CO_ASYNC_GENERATOR))
+
+
 def _check(fn: object, method: object) -> str:
     if not callable(fn):
         raise TypeError(f"the target must be callable, not {type(fn).__name__}: {fn!r}")
+    if _is_async(fn):
+        raise TypeError(
+            f"the target is a coroutine function, which needs a loop to run in: {fn!r}; give "
+            "spawn(trio.run, fn, ...) or a function that calls asyncio.run(fn(...))"
+        )
     if method is None:
         raise TypeError(f"method is required: one of {', '.join(_NAMES)}")
     if not isinstance(method, str):

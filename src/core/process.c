@@ -24,6 +24,7 @@
 #include <unistd.h>
 
 #define DEATH_WAIT_NS ((int64_t)10 * 1000000000) /* for a child that was killed */
+#define REFUSED_WAIT_NS ((int64_t)200 * 1000000) /* one that the lifeline alone may end */
 
 #define LOOK_MS 20
 #define REAP_TRIES 3
@@ -750,12 +751,15 @@ anyfork_child_close(struct anyfork_child *child)
         if (child->detached && !child->ended && afk_child_poll(child) == 0)
             let_it_go(child);
         else if (!child->ended && child->pid > 0 && child->pidfd >= 0) {
-            (void)afk_os_pidfd_signal(child->pidfd, SIGKILL);
+            int r = afk_os_pidfd_signal(child->pidfd, SIGKILL);
             /* The lifeline kills too, should the signal have been refused. */
             (void)pthread_mutex_lock(&child->lock);
             afk_lifeline_close(&child->life_write);
             (void)pthread_mutex_unlock(&child->lock);
-            (void)anyfork_child_wait(child, DEATH_WAIT_NS, NULL);
+            /* Refused: a program that has become another user. */
+            if (anyfork_child_wait(child, r == -EPERM ? REFUSED_WAIT_NS : DEATH_WAIT_NS, NULL) ==
+                ANYFORK_ETIMEDOUT)
+                let_it_go(child);
         }
         (void)pthread_mutex_lock(&child->lock);
         if (child->in_process && !child->ended)

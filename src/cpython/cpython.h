@@ -52,6 +52,7 @@ struct afk_layout {
     size_t interp_gil;       /* pointer to the GIL; own_gil follows */
     size_t interp_own_gil;   /* the embedded GIL that a legacy one does not use */
     size_t interp_hooks;     /* before, after_in_parent, after_in_child */
+    size_t interp_world;     /* free-threaded: what stops its threads; a mutex first */
     size_t gil_holder;       /* within the GIL */
     size_t frame_previous;
     bool interval_known;     /* gil.interval, before gil.last_holder, was proved */
@@ -89,6 +90,7 @@ PyInterpreterState **afk_interp_next(const struct afk_layout *lo, PyInterpreterS
 PyThreadState **afk_interp_threads(const struct afk_layout *lo, PyInterpreterState *interp);
 char **afk_interp_gil(const struct afk_layout *lo, PyInterpreterState *interp);
 PyObject **afk_interp_child_hooks(const struct afk_layout *lo, PyInterpreterState *interp);
+PyMutex *afk_interp_world_mutex(const struct afk_layout *lo, PyInterpreterState *interp);
 PyThreadState **afk_gil_holder(const struct afk_layout *lo, char *gil);
 /* sys.getswitchinterval(), in microseconds; NULL: not known. */
 unsigned long *afk_gil_interval(const struct afk_layout *lo, char *gil);

@@ -176,16 +176,20 @@ unlock(PyObject *object, void *arg)
  * nothing with it. No other thread has one, for a critical section ends where a thread
  * can be stopped. Not if this thread is inside of one itself, which goes on. */
 static void
-unlock_objects(const PyThreadState *ts)
+unlock_objects(const struct afk_forking *f)
 {
-    if (ts->critical_section == 0)
+    /* Who stops one interpreter's world locks its mutex, and waits for our stop of all
+     * worlds only then (stop_the_world() in Python/pystate.c; 3.13, 3.14): such a thread,
+     * a collecting one, say, leaves it locked. */
+    afk_interp_world_mutex(f->layout, f->main)->_bits = 0;
+    if (f->ts->critical_section == 0)
         PyUnstable_GC_VisitObjects(unlock, NULL);
 }
 #else
 static void
-unlock_objects(const PyThreadState *ts)
+unlock_objects(const struct afk_forking *f)
 {
-    (void)ts;
+    (void)f;
 }
 #endif
 
@@ -193,7 +197,7 @@ static void
 after_in_child_main(struct afk_forking *f)
 {
     PyOS_AfterFork_Child();
-    unlock_objects(f->ts);
+    unlock_objects(f);
     if (f->parked)
         *afk_interp_child_hooks(f->layout, f->main) = f->main_hooks;
 }

@@ -395,6 +395,62 @@ out:
     return bad;
 }
 
+/* ---- stopping the world ------------------------------------------------------------ */
+
+#ifdef Py_GIL_DISABLED
+/* struct _stoptheworld_state (Include/internal/pycore_interp*.h), from its first byte. */
+struct world {
+    unsigned char mutex, requested, stopped, is_global;
+    unsigned char stop_event;
+    Py_ssize_t countdown;
+    PyThreadState *requester;
+};
+
+struct world_search {
+    PyThreadState *ts;
+    char *copy;
+    size_t size;
+    bool copied;
+};
+
+static int
+copy_interpreter(PyObject *object, void *arg)
+{
+    (void)object;
+    struct world_search *search = arg;
+    search->copied = afk_os_peek(search->copy, search->ts->interp, search->size) == 0;
+    return 0;
+}
+
+/* While this thread has stopped its interpreter's world, one place of the interpreter says
+ * so; afterwards it does not. */
+static const char *
+find_world(struct afk_layout *lo)
+{
+    struct world_search search = {.ts = PyThreadState_Get(), .size = lo->interp_size};
+    struct world w;
+    unsigned found = 0;
+
+    search.copy = malloc(search.size);
+    if (search.copy == NULL)
+        return "stop-the-world state: no memory to find it";
+    PyUnstable_GC_VisitObjects(copy_interpreter, &search);
+    for (size_t at = 0; search.copied && at + sizeof w <= search.size; at += sizeof(void *)) {
+        memcpy(&w, search.copy + at, sizeof w);
+        if (w.requester == search.ts && w.countdown == 0 && (w.mutex & 1) == 1 &&
+            w.requested == 1 && w.stopped == 1 && w.is_global == 0) {
+            lo->interp_world = at;
+            found++;
+        }
+    }
+    free(search.copy);
+    if (found != 1 || afk_os_peek(&w, (char *)search.ts->interp + lo->interp_world, sizeof w) < 0 ||
+        w.stopped != 0)
+        return "stop-the-world state: not found";
+    return NULL;
+}
+#endif
+
 /* ---- C stacks -------------------------------------------------------------------- */
 
 /* pthread_getattr_np(3) reads /proc for the main thread: asked once per thread. */
@@ -559,6 +615,10 @@ afk_layout_discover(const struct afk_layout_source *source, struct afk_layout *l
     }
     if (second == NULL)
         hop = "thread state list: no memory to prove it";
+#ifdef Py_GIL_DISABLED
+    if (hop == NULL)
+        hop = find_world(lo);
+#endif
     const char *attach = hop != NULL ? hop : gil;
 #ifndef Py_GIL_DISABLED
     if (attach == NULL)
@@ -733,6 +793,12 @@ PyObject **
 afk_interp_child_hooks(const struct afk_layout *lo, PyInterpreterState *interp)
 {
     return FIELD(interp, lo->interp_hooks + 2 * sizeof(PyObject *), PyObject *);
+}
+
+PyMutex *
+afk_interp_world_mutex(const struct afk_layout *lo, PyInterpreterState *interp)
+{
+    return FIELD(interp, lo->interp_world, PyMutex);
 }
 
 PyThreadState **

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import resource
+import shutil
 import sys
+import tempfile
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 
-from attack_common import LIMIT, available, places, raises, same, status_of, twin_works
+from attack_common import LIMIT, available, places, raises, same, status_of, twin_works, until
 
 import anyfork
 from anyfork import _anyfork
@@ -33,6 +38,13 @@ class Text(str):
     pass
 
 
+async def coroutine() -> None: ...
+
+
+async def asyncgen() -> AsyncIterator[int]:
+    yield 1
+
+
 def check_arguments(place: str) -> None:
     for method in available():
         anyfork.run(int, method=method)
@@ -41,6 +53,9 @@ def check_arguments(place: str) -> None:
         for start in (anyfork.spawn, anyfork.run):
             exc = nothing_started(lambda t=target, s=start: s(t, method="fork"), TypeError)
             assert "callable" in str(exc)
+    for target in (coroutine, functools.partial(functools.partial(coroutine)), asyncgen):
+        exc = nothing_started(lambda t=target: anyfork.spawn(t, method="fork"), TypeError)
+        assert "loop" in str(exc), exc
     for method in ("", "Fork", "fork ", "fork\0", "spawn", "\ud800", Text("nope")):
         exc = nothing_started(lambda m=method: anyfork.spawn(int, method=m), ValueError)
         for name in known:
@@ -224,3 +239,30 @@ def check_signal_that_is_refused(place: str) -> None:
             child.signal(9)  # ended: nothing happens
             child.terminate()
             same(child.returncode, 0)
+
+
+@places("main")
+def check_program_that_became_another_user(place: str) -> None:
+    """No right to end it: closing its handle does not wait for that in vain."""
+    setpriv = shutil.which("setpriv")
+    if os.geteuid() != 0 or setpriv is None:
+        return
+    with tempfile.TemporaryDirectory(prefix="attack-setuid-") as folder:
+        os.chmod(folder, 0o755)
+        program = shutil.copy(setpriv, folder)
+        os.chmod(program, 0o4755)
+        pid = anyfork.fork()
+        if pid == 0:
+            code = 1
+            try:
+                os.setuid(65534)
+                child = anyfork.spawn(argv=[program, "--reuid=0", "sleep", "2"])
+                status = f"/proc/{child.pid}/status"
+                until(lambda: b"Uid:\t0\t0\t0\t0" in Path(status).read_bytes(), "another user")
+                raises(anyfork.SpawnError, child.kill)
+                start = time.monotonic()
+                child.close()
+                code = 0 if time.monotonic() - start < 1.5 else 2
+            finally:
+                os._exit(code)
+        same(status_of(pid), 0)

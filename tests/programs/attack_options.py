@@ -4,6 +4,7 @@ and each bad value is an error that names it, with nothing started."""
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import os
@@ -153,9 +154,7 @@ def check_options_outlive_the_stack_of_the_caller(place: str) -> None:
             options = {"cwd": "/", "nice": 3, "env": {**os.environ, "GREETING": "hello"}}
             limits = {resource.RLIMIT_CORE: (0, 4096)}
             try:
-                got.append(
-                    anyfork.run(numbers_and_texts, method=method, rlimits=limits, **options)
-                )
+                got.append(anyfork.run(numbers_and_texts, method=method, rlimits=limits, **options))
             except Exception as exc:
                 got.append(f"{method}: {exc!r}")
 
@@ -336,7 +335,10 @@ def check_pipes(place: str) -> None:
             same((method, child.result(LIMIT)), (method, "hello\n"))
         assert child.stdout.closed and child.stderr.closed
         with anyfork.spawn(
-            talk, method=method, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            talk,
+            method=method,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         ) as child:
             assert child.stdin is None and child.stderr is None and child.stdout is not None
@@ -428,9 +430,13 @@ def check_descriptors_that_change_places(place: str) -> None:
         for number in range(3, 40):
             os.write(w1, b"one")
             os.write(w2, b"two")
-            got = anyfork.run(
-                read_both, number, number + 1, method=method, fds={number: r1, number + 1: r2}
-            ) if number % 12 == 3 else read_both(r1, r2)
+            got = (
+                anyfork.run(
+                    read_both, number, number + 1, method=method, fds={number: r1, number + 1: r2}
+                )
+                if number % 12 == 3
+                else read_both(r1, r2)
+            )
             same((method, number, got), (method, number, [b"one", b"two"]))
         for fd in (r1, w1, r2, w2):
             os.close(fd)
@@ -580,9 +586,7 @@ def check_scope_group(place: str) -> None:
     """The whole group goes, not the worker alone."""
     for method in main_targets():
         r, w = os.pipe()
-        with anyfork.spawn(
-            own_group, method, w, method="exec", pass_fds=[w]
-        ) as owner:
+        with anyfork.spawn(own_group, method, w, method="exec", pass_fds=[w]) as owner:
             os.close(w)
             pid = int(os.read(r, 100))
             owner.kill()
@@ -635,10 +639,13 @@ def check_programs(place: str) -> None:
     same(output_of("echo", "hello"), (b"hello\n", 0))
     same(output_of("/bin/sh", "-c", "exit 3"), (b"", 3))
     same(output_of("sh", "-c", "kill -TERM $$"), (b"", -signal.SIGTERM))
-    same(output_of("sh", "-c", 'echo "$0" "$A"', env={"A": "b", "PATH": "/bin:/usr/bin"}),
-         (b"sh b\n", 0))
-    same(output_of("ignored", "-c", "echo $0", executable="/bin/sh", name="called"),
-         (b"called\n", 0))
+    same(
+        output_of("sh", "-c", 'echo "$0" "$A"', env={"A": "b", "PATH": "/bin:/usr/bin"}),
+        (b"sh b\n", 0),
+    )
+    same(
+        output_of("ignored", "-c", "echo $0", executable="/bin/sh", name="called"), (b"called\n", 0)
+    )
     same(output_of("cat", stdin=subprocess.DEVNULL), (b"", 0))
     out, code = output_of("sh", "-c", "grep -E 'Sig(Blk|Ign)' /proc/self/status")
     same(code, 0)
@@ -688,7 +695,7 @@ BAD: list[tuple[dict[str, Any], type[BaseException], str]] = [
     ({"user": -1}, ValueError, "user"),
     ({"user": 2**32}, ValueError, "user"),
     ({"user": "no such user"}, ValueError, "user"),
-    ({"user": None}, TypeError, "user"),
+    ({"user": 1.5}, TypeError, "user"),
     ({"group": 1.5}, TypeError, "group"),
     ({"extra_groups": 5}, TypeError, "extra_groups"),
     ({"extra_groups": ["no such group"]}, ValueError, "extra_groups"),
@@ -718,6 +725,7 @@ BAD: list[tuple[dict[str, Any], type[BaseException], str]] = [
     ({"stdin": 999}, ValueError, "stdin"),
     ({"stdin": subprocess.STDOUT}, ValueError, "stdin"),
     ({"stdout": object()}, TypeError, "stdout"),
+    ({"stdout": io.StringIO()}, ValueError, "stdout: StringIO has no file descriptor"),
     ({"stderr": -9}, ValueError, "stderr"),
     ({"fds": [3]}, TypeError, "fds"),
     ({"fds": {3: 999}}, ValueError, "fds"),
@@ -754,6 +762,13 @@ def check_bad_values(place: str) -> None:
                 lambda m=method, o=options: anyfork.spawn(int, method=m, **o), error
             )
             assert named in str(exc), (method, options, exc)
+
+
+def check_none_is_as_the_owner_has_it(place: str) -> None:
+    nothing: dict[str, Any] = dict.fromkeys(anyfork.Options.__annotations__)
+    for method in processes():
+        theirs = [anyfork.run(state, method=method, **options) for options in ({}, nothing)]
+        same(theirs[0], theirs[1])
 
 
 def check_a_thread_has_no_options(place: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import builtins
 import contextlib
+import gc
 import importlib
 import logging
 import logging.handlers
@@ -35,6 +36,28 @@ from attack_common import (
 import anyfork
 
 # ---- locks that a thread of the parent holds -------------------------------------
+
+
+def check_beside_collecting_threads(place: str) -> None:
+    """On free-threaded builds a collection stops all threads, under a mutex of its own."""
+    stop = threading.Event()
+
+    def collect() -> None:
+        while not stop.is_set():
+            gc.collect(0)
+
+    threads = [threading.Thread(target=collect) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    try:
+        for method in available():
+            for _ in range(3):
+                with anyfork.spawn(gc.collect, method=method) as child:
+                    assert isinstance(child.result(LIMIT), int), method
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
 
 
 class Blocked:
