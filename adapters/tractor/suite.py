@@ -4,12 +4,15 @@
 
 usage: adapters/tractor/suite.py CHECKOUT [--python NAME] [--methods M...] [--rounds N]
                                  [--all | --tests FILE...] [--tpt tcp|uds] [--json FILE]
+       adapters/tractor/suite.py CHECKOUT [--python NAME] --adapter
 
 CHECKOUT is a clone of tractor, which is not changed. NAME is one of tools/pythons (3.13,
 3.14, host); a venv with tractor's dependencies is made under build/tractor. Methods that
 fork run under the name main_thread_forkserver, for which tractor's suite has its budgets
 and skips. Default: the spawn set, nine files; methods trio (tractor's own), fork,
 subint_fork, main_thread_forkserver, exec.
+
+--adapter runs the adapter's own tests with that tractor, and nothing else.
 
 Prints a table, and every test that failed or was skipped, by name. Exit status: 0; 1 if
 a test fails in most rounds of a method and in none of trio's; 2 if nothing could be run.
@@ -82,20 +85,32 @@ def venv_of(name: str, checkout: Path) -> Path:
     return place
 
 
+def python_path(name: str, checkout: Path) -> str:
+    site = subprocess.run(
+        [ROOT / "tools/build", name, "--tag", "tractor"], check=True, capture_output=True, text=True
+    ).stdout.split()[-1]
+    return f"PYTHONPATH={site}:{ADAPTER}:{checkout}"
+
+
+def adapter_tests(name: str, checkout: Path) -> int:
+    return run(
+        name, "env", python_path(name, checkout), "PYTHONWARNINGS=ignore",
+        venv_of(name, checkout) / "bin/python", "-m", "pytest", "-q", f"--timeout={TEST_SECONDS}",
+        ADAPTER.parent / "tests", stdin=subprocess.DEVNULL, timeout=RUN_SECONDS,
+    ).returncode  # fmt: skip
+
+
 def one_round(
     name: str, method: str, checkout: Path, tests: list[str], tpt: str, out: Path
 ) -> dict[str, str]:
     """{test: passed, failed, skipped, xfailed or xpassed}"""
-    site = subprocess.run(
-        [ROOT / "tools/build", name, "--tag", "tractor"], check=True, capture_output=True, text=True
-    ).stdout.split()[-1]
+    path = python_path(name, checkout)
     python = venv_of(name, checkout) / "bin/python"
     backend = ["--spawn-backend", "main_thread_forkserver" if method in FORKS else method]
     if method in FORKS:
         backend += ["--anyfork-method", method]
     xml = out.with_suffix(".xml")
     xml.unlink(missing_ok=True)
-    path = f"PYTHONPATH={site}:{ADAPTER}:{checkout}"
     with open(out.with_suffix(".log"), "w") as log:
         run(
             name, "env", "-C", checkout, path, "PYTHONWARNINGS=ignore", python, "-m", "pytest",
@@ -132,10 +147,13 @@ def main() -> int:
     parser.add_argument("--tests", nargs="+")
     parser.add_argument("--tpt", choices=("tcp", "uds"), default="tcp")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--adapter", action="store_true")
     options = parser.parse_args()
     checkout = options.checkout.resolve()
     if not (checkout / "tractor/spawn/_spawn.py").exists():
         parser.error(f"{checkout} is no checkout of tractor")
+    if options.adapter:
+        return adapter_tests(options.python, checkout)
     tests = options.tests or (["tests"] if options.all else [f"tests/{n}.py" for n in SPAWN_SET])
     folder = ROOT / "build/tractor" / options.python
     folder.mkdir(parents=True, exist_ok=True)
