@@ -151,7 +151,8 @@ class Child(_anyfork.Child):
         return None if self._status is None else os.waitstatus_to_exitcode(self._status)
 
     def is_alive(self) -> bool:
-        """Look whether the worker still runs; never waits."""
+        """Look whether the worker still runs; never waits. Of a detached worker after
+        :meth:`close`: whether it ran then."""
         return not self._poll()
 
     def terminate(self) -> None:
