@@ -124,11 +124,23 @@ environment(const char *const *env)
     return list;
 }
 
+/* A thread that collected when it vanished, in a finalizer that let the GIL go, say: nobody
+ * would ever collect again. */
+static void
+forget_collection(const struct afk_forking *f, PyInterpreterState *interp)
+{
+    int *collecting = afk_interp_collecting(f->layout, interp);
+    if (collecting != NULL)
+        *collecting = 0;
+}
+
 /* What the caller left in this interpreter, and the hooks that were parked. */
 static void
 settle(PyObject *boot, const struct afk_job *job, struct afk_forking *f,
        const struct afk_reporter *reporter)
 {
+    forget_collection(f, f->main);
+    forget_collection(f, f->ts->interp);
     call_prelude(boot, reporter, PyObject_CallMethod(boot, "repair_imports", "k", job->caller));
     if (f->tm != NULL) { /* a twin */
         (void)PyThreadState_Swap(f->tm);

@@ -52,6 +52,8 @@ struct afk_layout {
     size_t interp_gil;       /* pointer to the GIL; own_gil follows */
     size_t interp_own_gil;   /* the embedded GIL that a legacy one does not use */
     size_t interp_hooks;     /* before, after_in_parent, after_in_child */
+    size_t interp_gc;
+    size_t interp_collecting; /* gc.collecting, an int; 0: not known */
     size_t interp_world;     /* free-threaded: what stops its threads; a mutex first */
     size_t gil_holder;       /* within the GIL */
     size_t frame_previous;
@@ -73,6 +75,9 @@ void afk_layout_source_here(struct afk_layout_source *ret);
  * thread state. Never NULL. */
 const struct afk_layout *afk_layout(void);
 const struct afk_layout *afk_layout_if_known(void); /* NULL: not yet; needs no thread state */
+/* For what could not be seen at the first call; cheap once it is known. Needs an attached
+ * thread state. */
+void afk_layout_look_again(void);
 const char *afk_feature_name(enum afk_feature feature);
 /* 0, or ANYFORK_ELAYOUT with the reason in reterr. */
 int afk_layout_require(enum afk_feature feature, struct anyfork_error *reterr);
@@ -90,6 +95,8 @@ PyInterpreterState **afk_interp_next(const struct afk_layout *lo, PyInterpreterS
 PyThreadState **afk_interp_threads(const struct afk_layout *lo, PyInterpreterState *interp);
 char **afk_interp_gil(const struct afk_layout *lo, PyInterpreterState *interp);
 PyObject **afk_interp_child_hooks(const struct afk_layout *lo, PyInterpreterState *interp);
+/* True while a thread collects; NULL: not known. */
+int *afk_interp_collecting(const struct afk_layout *lo, PyInterpreterState *interp);
 PyMutex *afk_interp_world_mutex(const struct afk_layout *lo, PyInterpreterState *interp);
 PyThreadState **afk_gil_holder(const struct afk_layout *lo, char *gil);
 /* sys.getswitchinterval(), in microseconds; NULL: not known. */

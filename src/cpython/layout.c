@@ -395,6 +395,80 @@ out:
     return bad;
 }
 
+/* ---- the collector ------------------------------------------------------------------ */
+
+#define GC_SIZE_MAX 4096u /* bytes of struct _gc_runtime_state that are looked at */
+
+struct gc_pictures {
+    const char *gc;
+    size_t words;
+    int before[GC_SIZE_MAX / sizeof(int)], during[GC_SIZE_MAX / sizeof(int)],
+        after[GC_SIZE_MAX / sizeof(int)];
+    bool taken;
+};
+
+static PyObject *
+during_collection(PyObject *self, PyObject *Py_UNUSED(args))
+{
+    struct gc_pictures *p = PyCapsule_GetPointer(self, NULL);
+    if (p != NULL)
+        p->taken = afk_os_peek(p->during, p->gc, p->words * sizeof(int)) == 0;
+    Py_RETURN_NONE;
+}
+static PyMethodDef during_def = {"anyfork_during_collection", during_collection, METH_VARARGS, NULL};
+
+/* Of the youngest generation, with that call in gc.callbacks. */
+static bool
+collect_young(struct gc_pictures *p)
+{
+    PyObject *gc = PyImport_ImportModule("gc");
+    PyObject *callbacks = gc ? PyObject_GetAttrString(gc, "callbacks") : NULL;
+    PyObject *capsule = PyCapsule_New(p, NULL, NULL);
+    PyObject *call = capsule ? PyCFunction_New(&during_def, capsule) : NULL;
+    PyObject *r = NULL;
+    if (callbacks != NULL && call != NULL && PyList_Check(callbacks) &&
+        PyList_Append(callbacks, call) == 0) {
+        r = PyObject_CallMethod(gc, "collect", "i", 0);
+        PyObject *removed = PyObject_CallMethod(callbacks, "remove", "O", call);
+        Py_XDECREF(removed);
+    }
+    bool ok = r != NULL;
+    PyErr_Clear();
+    Py_XDECREF(r);
+    Py_XDECREF(call);
+    Py_XDECREF(capsule);
+    Py_XDECREF(callbacks);
+    Py_XDECREF(gc);
+    return ok;
+}
+
+/* gc.collecting is the one int that is 1 during a collection, and 0 before and after: its
+ * offset in the interpreter, or 0 while another thread collects, say. */
+static size_t
+find_collecting(size_t gc, size_t interp_size)
+{
+    struct gc_pictures *p = malloc(sizeof *p);
+    size_t offset = 0;
+    unsigned found = 0;
+    if (p == NULL || gc == 0 || gc >= interp_size)
+        goto out;
+    p->words = (interp_size - gc < GC_SIZE_MAX ? interp_size - gc : GC_SIZE_MAX) / sizeof(int);
+    p->gc = (char *)PyInterpreterState_Get() + gc;
+    p->taken = false;
+    if (afk_os_peek(p->before, p->gc, p->words * sizeof(int)) < 0 || !collect_young(p) ||
+        !p->taken || afk_os_peek(p->after, p->gc, p->words * sizeof(int)) < 0)
+        goto out;
+    for (size_t i = 0; i < p->words; i++) {
+        if (p->before[i] == 0 && p->during[i] == 1 && p->after[i] == 0) {
+            offset = gc + i * sizeof(int);
+            found++;
+        }
+    }
+out:
+    free(p);
+    return found == 1 ? offset : 0;
+}
+
 /* ---- stopping the world ------------------------------------------------------------ */
 
 #ifdef Py_GIL_DISABLED
@@ -587,6 +661,7 @@ afk_layout_discover(const struct afk_layout_source *source, struct afk_layout *l
     lo->interp_id = t.interp.id;
     lo->interp_next = t.interp.next;
     lo->interp_threads = t.interp.threads_head;
+    lo->interp_gc = t.interp.gc;
     lo->interp_gil = t.interp.ceval_gil;
     lo->interp_own_gil = t.interp.gil;
     lo->gil_holder = t.interp.gil_holder - t.interp.gil;
@@ -631,6 +706,8 @@ afk_layout_discover(const struct afk_layout_source *source, struct afk_layout *l
 #ifndef Py_GIL_DISABLED
     lo->interval_known = gil == NULL && check_interval(&t);
 #endif
+    if (hop == NULL)
+        lo->interp_collecting = find_collecting(t.interp.gc, t.interp.size);
     lo->state[AFK_FEATURE_HOP] = lo->state[AFK_FEATURE_TWIN] = AFK_READY;
     if (hop != NULL)
         refuse(lo, AFK_FEATURE_HOP, hop);
@@ -682,6 +759,15 @@ afk_layout(void)
         PyEval_RestoreThread(ts);
     }
     return &here;
+}
+
+void
+afk_layout_look_again(void)
+{
+    static atomic_uint looked;
+    if (here.state[AFK_FEATURE_HOP] == AFK_READY && here.interp_collecting == 0 &&
+        atomic_fetch_add(&looked, 1) < RETRIES)
+        here.interp_collecting = find_collecting(here.interp_gc, here.interp_size);
 }
 
 const struct afk_layout *
@@ -793,6 +879,12 @@ PyObject **
 afk_interp_child_hooks(const struct afk_layout *lo, PyInterpreterState *interp)
 {
     return FIELD(interp, lo->interp_hooks + 2 * sizeof(PyObject *), PyObject *);
+}
+
+int *
+afk_interp_collecting(const struct afk_layout *lo, PyInterpreterState *interp)
+{
+    return lo->interp_collecting != 0 ? FIELD(interp, lo->interp_collecting, int) : NULL;
 }
 
 PyMutex *

@@ -73,6 +73,7 @@ start_here(const struct afk_method *method, const struct afk_job *job, bool for_
         r = AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_MEMORY, ENOMEM, "thread state");
         goto out;
     }
+    afk_layout_look_again();
     r = ANYFORK_EUNAVAILABLE;
     boot = afk_boot_prepare(reterr);
     if (boot != NULL) {

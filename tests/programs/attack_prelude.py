@@ -38,6 +38,45 @@ import anyfork
 # ---- locks that a thread of the parent holds -------------------------------------
 
 
+class Slow:
+    """Its finalizer lets the GIL go, in the middle of a collection."""
+
+    def __init__(self, entered: threading.Event, leave: threading.Event) -> None:
+        self.cycle, self.entered, self.leave = self, entered, leave
+
+    def __del__(self) -> None:
+        self.entered.set()
+        self.leave.wait(LIMIT)
+
+
+def collects() -> int:
+    cycle: list[object] = []
+    cycle.append(cycle)
+    del cycle
+    return gc.collect()
+
+
+def check_collection_of_a_dead_thread(place: str) -> None:
+    """A worker can collect though a thread of the owner was in the middle of it."""
+    for method in available():
+        anyfork.run(int, method=method)
+    entered, leave = threading.Event(), threading.Event()
+
+    def collect() -> None:
+        Slow(entered, leave)
+        gc.collect()
+
+    thread = threading.Thread(target=collect)
+    thread.start()
+    entered.wait()
+    try:
+        for method in available():
+            assert anyfork.run(collects, method=method) > 0, method
+    finally:
+        leave.set()
+        thread.join()
+
+
 def check_beside_collecting_threads(place: str) -> None:
     """On free-threaded builds a collection stops all threads, under a mutex of its own."""
     stop = threading.Event()
