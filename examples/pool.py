@@ -38,12 +38,15 @@ def in_workers(at_once: int, shares: list[Share]) -> Iterator[tuple[Share, int]]
                     primes, *share, method="fork", nice=5, name=f"primes {share[0]}",
                     rlimits={resource.RLIMIT_CPU: 60},
                 )  # fmt: skip
-                assert child.pidfd is not None
-                running[child.pidfd] = child, share
-                poll.register(child.pidfd, select.POLLIN)
+                running[child.wake_fd] = child, share
+                poll.register(child.wake_fd, select.POLLIN)
             for fd, _event in poll.poll():
                 poll.unregister(fd)
                 child, share = running.pop(fd)
+                if child.is_alive():  # it reported, and has not ended yet
+                    running[child.wake_fd] = child, share
+                    poll.register(child.wake_fd, select.POLLIN)
+                    continue
                 with child:
                     yield share, child.result()
     finally:

@@ -2,7 +2,7 @@
 
     python examples/trio_worker.py
 
-The parent's loop never waits: it is told of the worker's end by its pidfd.
+The parent's loop never waits: a descriptor tells it of news of the worker.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def target(n: int) -> int:
 async def call(n: int) -> int:
     """What job(n) returns, in a process of its own; cancelled, it is killed."""
     with anyfork.spawn(target, n, method="fork") as child:
-        assert child.pidfd is not None
-        await trio.lowlevel.wait_readable(child.pidfd)
+        while child.is_alive():
+            await trio.lowlevel.wait_readable(child.wake_fd)
         result: int = child.result(0)
         return result
 

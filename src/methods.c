@@ -75,6 +75,9 @@ const struct afk_method afk_methods[] = {
         .runs_in = "a fresh sub-interpreter of this process",
         .memory = "none: pickled",
         .may_wait_for = "main's GIL",
+#if PY_VERSION_HEX < 0x030E0000
+        .lacks = "many extension modules of CPython 3.13 refuse to be imported there",
+#endif
         .target = AFK_TARGET_FRESH,
         .process = AFK_PROCESS_NONE,
         .pad = AFK_PAD_NONE,

@@ -26,6 +26,7 @@ struct afk_method {
     const char *runs_in;  /* for the tables */
     const char *memory;
     const char *may_wait_for;
+    const char *lacks;    /* on this CPython; or NULL */
     enum afk_target target;
     enum afk_process process;
     enum afk_pad pad;     /* AFK_PAD_SUBINT: from main only */

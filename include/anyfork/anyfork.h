@@ -10,6 +10,9 @@
 #define ANYFORK_ANYFORK_H
 
 #include <signal.h>
+#if defined(__GLIBC__) && !defined(__USE_POSIX)
+#error "anyfork.h needs sigset_t: -std=gnu11, or define _POSIX_C_SOURCE as 200809L"
+#endif
 #include <stdbool.h>
 #include <stdint.h>
 #include <sys/types.h>
@@ -201,7 +204,8 @@ struct anyfork_options {
     uint32_t n_fds;
     int32_t fd_policy;        /* enum anyfork_fd_policy */
     const sigset_t *signal_mask;     /* blocked; NULL: none */
-    const sigset_t *ignored_signals; /* SIG_IGN; NULL: those that the owner ignores */
+    const sigset_t *ignored_signals; /* SIG_IGN, beside those that the owner
+                                      * ignores; NULL: no others */
     const sigset_t *default_signals; /* SIG_DFL though the owner ignores them; NULL: none */
     int32_t sigint;           /* enum anyfork_sigint */
     int32_t lifeline_signal;  /* sent when the owner ends, SIGKILL; 0: none, it lives on */
@@ -246,13 +250,17 @@ ANYFORK_API int anyfork_spawn_argv(const struct anyfork_options *options,
                                    struct anyfork_error *reterr);
 
 /* The owner's end of a PIPE of `stdio` (which: 0, 1 or 2); from then on the caller's,
- * to close. -1 if there is none, or it was taken. Call from: any thread. Since 0.1. */
+ * to close. -1 if there is none, or it was taken. Call from: any thread. Blocks for:
+ * nothing. Since 0.1. */
 ANYFORK_API int anyfork_child_take_stdio(struct anyfork_child *child, int which);
 
 /* Let the worker go: it lives on without its owner. It is still waited for while
- * the handle is open; anyfork_child_close() then neither kills nor reaps it.
- * Returns 0, ANYFORK_EFOREIGN, or ANYFORK_EUNAVAILABLE for a thread of this process.
- * Call from: any thread. Since 0.1. */
+ * the handle is open; anyfork_child_close() then does not kill it, and it is reaped
+ * with a later start or close.
+ * Returns 0, ANYFORK_EFOREIGN, ANYFORK_EUNAVAILABLE for a thread of this process, or
+ * ANYFORK_ESYSTEM with errno set. Call from: any thread. Blocks for: a forked worker's
+ * first steps, in which it arms its lifeline; up to ten seconds if it is stopped there.
+ * Since 0.1. */
 ANYFORK_API int anyfork_child_detach(struct anyfork_child *child);
 
 /* Process id, and a pidfd opened before the child could end. The pidfd belongs
@@ -260,6 +268,31 @@ ANYFORK_API int anyfork_child_detach(struct anyfork_child *child);
  * (method "subint") has neither: 0 and -1. Call from: anywhere. Since 0.1. */
 ANYFORK_API pid_t anyfork_child_pid(const struct anyfork_child *child);
 ANYFORK_API int anyfork_child_pidfd(const struct anyfork_child *child);
+
+/* Readable when the child has reported: that it is ready, how it failed, its result; and
+ * once it has no more to report: then -1 is returned, and the descriptor stays open until
+ * anyfork_child_close(). For an event loop, beside the pidfd: a child with a large result
+ * does not end before that is read, which anyfork_child_wait() with timeout 0 does.
+ * Returns a descriptor of the handle; -1: no more reports, or a forked child of the owner.
+ * Call from: any thread. Blocks for: nothing. Since 0.1. */
+ANYFORK_API int anyfork_child_report_fd(struct anyfork_child *child);
+
+/*
+ * Wait until the child is about to enter its target; a program is as soon as it runs.
+ *
+ *   timeout_ns  nanoseconds; negative: no limit; 0: only look.
+ *   reterr      filled unless 0 is returned: of a child that could not get there its
+ *               stage, errno and detail; may be NULL.
+ *
+ * Returns 0; ANYFORK_EDIED if it reported a failure or ended before (its wait status is
+ * anyfork_child_wait()'s); ANYFORK_ETIMEDOUT; ANYFORK_EFOREIGN in a forked child.
+ *
+ * Call from:  any thread; detach the thread state first, for it blocks.
+ * Blocks for: the child.
+ * Signals:    goes on after EINTR. Since 0.1.
+ */
+ANYFORK_API int anyfork_child_wait_ready(struct anyfork_child *child, int64_t timeout_ns,
+                                         struct anyfork_error *reterr);
 
 /*
  * Wait until the child has ended, and reap it; reads its reports meanwhile, so
@@ -281,14 +314,16 @@ ANYFORK_API int anyfork_child_wait(struct anyfork_child *child, int64_t timeout_
 /* Send a signal by pidfd: never to another process that got the same pid.
  * Returns 0 (also when the child has already ended), or ANYFORK_ESYSTEM with
  * errno set, ANYFORK_EFOREIGN, ANYFORK_EUNAVAILABLE for a thread of this
- * process. Call from: any thread. Since 0.1. */
+ * process. Call from: any thread. Blocks for: nothing. Since 0.1. */
 ANYFORK_API int anyfork_child_signal(struct anyfork_child *child, int sig);
 
 /* Kill the child if it lives, reap it, close its fds, free the handle. NULL is
  * fine. A thread of this process cannot be killed: it goes on, unheard. In a
  * forked child of the owner it only frees: the worker is not touched.
  * Call from: any thread, once; a wait of another thread then returns.
- * Blocks for: the child's death. Since 0.1. */
+ * Blocks for: the child's death, up to ten seconds; a fifth of one if the system does not
+ * let us kill it (a program that became another user), which is then left to itself, and
+ * reaped with a later start or close. Since 0.1. */
 ANYFORK_API void anyfork_child_close(struct anyfork_child *child);
 
 #ifdef __cplusplus

@@ -16,6 +16,7 @@ class _MethodTraits(TypedDict):
     runs_in: str
     memory: str
     may_wait_for: str
+    lacks: str | None
     target: Literal["caller", "main", "fresh"]
     has_process: bool
     pickles: bool

@@ -22,7 +22,7 @@ import sys
 import threading
 import traceback
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from types import ModuleType
 from typing import Any
 
@@ -345,6 +345,11 @@ def reset_registered() -> None:
         seed = getattr(sys.modules.get(name), attribute, None)
         if callable(seed):
             seed()
+    # Its idle threads are gone. trio drops them itself since 0.29.
+    threads = getattr(sys.modules.get("trio._core._thread_cache"), "THREAD_CACHE", None)
+    idle = getattr(threads, "_idle_workers", None)
+    if isinstance(idle, dict):
+        idle.clear()
     for fn in list(_resets):
         fn()
 
@@ -399,6 +404,10 @@ def run(call: tuple[Callable[..., object], tuple[object, ...]]) -> tuple[int, in
             return RESULT, 0, pickle.dumps(result, protocol=5)
         except Exception as exc:
             kind = type(result)
+            close = getattr(result, "close", None)
+            if isinstance(result, Coroutine) and callable(close):
+                close()  # or it complains that nobody awaited it
+                exc.add_note("It is a coroutine: run it there, by trio.run() or asyncio.run().")
             exc.add_note(
                 "The target returned, but its result cannot be pickled: it is of type "
                 f"{kind.__module__}.{kind.__qualname__}."

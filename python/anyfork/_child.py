@@ -28,7 +28,8 @@ class Child(_anyfork.Child):
     """A worker, as its owner holds it.
 
     Made by :func:`anyfork.spawn`. Attributes: ``pid``, ``pidfd`` (readable once
-    the worker has ended), ``report_fd`` (readable when it reported), ``method``.
+    the worker has ended), ``report_fd`` (readable when it reported), ``method``; and
+    :attr:`wake_fd` for event loops.
 
     The handle owns its worker: :meth:`close`, the end of a ``with`` block, and
     the garbage collector kill what still runs, and reap it. A worker by ``subint``
@@ -56,6 +57,22 @@ class Child(_anyfork.Child):
     def stderr(self) -> IO[bytes] | None:
         """Reads the worker's standard error."""
         return self._stream(2)
+
+    @property
+    def wake_fd(self) -> int:
+        """The descriptor for an event loop: readable when there is news of the worker.
+
+        Ask for it before each wait, and then :meth:`is_alive`, which takes in what came::
+
+            while child.is_alive():
+                await trio.lowlevel.wait_readable(child.wake_fd)
+
+        It is ``report_fd`` while there may be reports, of which a large one keeps the
+        worker from its end until it is read; then ``pidfd``. Both stay open until
+        :meth:`close`: leave the loop's registration before that. -1 after it.
+        """
+        fd = self.report_fd
+        return fd if fd >= 0 or self.pidfd is None else self.pidfd
 
     def _stream(self, number: int) -> IO[bytes] | None:
         with _taking_streams:
@@ -108,11 +125,17 @@ class Child(_anyfork.Child):
     def result(self, timeout: float | None = None) -> Any:
         """Wait for the worker's end; return what the target returned.
 
+        A program (``argv``) returns None. What has arrived stays after :meth:`close`.
+
         Raises: what the target raised, with the worker's traceback as a note;
-        WorkerDied if it ended without either; SpawnError if it never got to its
-        target; TimeoutError.
+        WorkerDied if it ended without either, or as a program with another status than
+        0; SpawnError if it never got to its target; TimeoutError.
         """
         self._await_end(timeout)
+        if self._is_program():
+            if self.returncode != 0:
+                raise WorkerDied(self.pid, self._status)
+            return None
         kind, payload = self._outcome()
         exc = self._failure(kind, payload)
         if exc is not None:
@@ -124,9 +147,14 @@ class Child(_anyfork.Child):
             raise
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        """Wait for the worker's end; return what its target raised, or None."""
+        """Wait for the worker's end; return what :meth:`result` would raise, or None."""
         self._await_end(timeout)
+        if self._is_program():
+            return None if self.returncode == 0 else WorkerDied(self.pid, self._status)
         return self._failure(*self._outcome())
+
+    def _is_program(self) -> bool:
+        return "_program" in self.__dict__
 
     def _failure(self, kind: int, payload: bytes) -> BaseException | None:
         """What an ended worker's outcome stands for; None for a result."""
@@ -179,11 +207,12 @@ class Child(_anyfork.Child):
         else:
             stage, errno, detail = error
         died = WorkerDied(self.pid, self._status)
-        detail = f"{detail}; {died}" if detail else str(died)
-        exc = SpawnError(stage, errno or None, self.method, detail)
         kind, payload = self._outcome()
-        if kind == _boot.ERROR and payload:
-            exc.__cause__ = _boot.restore(payload)
+        cause = _boot.restore(payload) if kind == _boot.ERROR and payload else None
+        why = repr(cause) if cause is not None else ""
+        detail = "; ".join(filter(None, (detail, why, str(died))))
+        exc = SpawnError(stage, errno or None, self.method, detail)
+        exc.__cause__ = cause
         return exc
 
     def _raise_start_failure(self) -> None:
@@ -202,7 +231,11 @@ class Child(_anyfork.Child):
 
     def detach(self) -> None:
         """Let the worker outlive its owner and this handle, which then neither kills it
-        nor waits for it. Raises: MethodUnavailable for a thread of this process; SpawnError."""
+        nor waits for it. Once it has ended it is reaped with the next start or the next
+        handle that is closed.
+
+        Raises: MethodUnavailable for a thread of this process; SpawnError.
+        """
         super().detach()
         self.__dict__["_detached"] = True
 

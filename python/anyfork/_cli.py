@@ -86,7 +86,8 @@ def try_methods(names: list[str], origins: list[str]) -> dict[str, dict[str, Cel
 
 def _methods(args: argparse.Namespace) -> int:
     known = {CALL: "fork on the calling thread; returns twice, in any interpreter"}
-    known |= {row["name"]: row["summary"] for row in _anyfork.methods()}
+    for row in _anyfork.methods():
+        known[row["name"]] = "; ".join(filter(None, (row["summary"], row["lacks"])))
     names = args.method or list(known)
     unknown = [name for name in names if name not in known]
     if unknown:

@@ -115,10 +115,28 @@ def _descriptor_limit() -> str:
     )
 
 
+# Members of struct anyfork_options, and what they are called here.
+_OPTION_OF = {
+    "lifeline_scope": "scope",
+    "lifeline_signal": "lifeline",
+    "n_groups": "extra_groups",
+    "groups": "extra_groups",
+    "session": "start_new_session",
+    "program": "executable",
+}
+
+
+def _in_python(detail: str) -> str:
+    member, colon, rest = detail.partition(":")
+    return _OPTION_OF.get(member, member) + colon + rest
+
+
 def from_c(
     code: int, stage: str, errno: int, method: str, detail: str, line: int
 ) -> BaseException:
     """Make the exception for a ``struct anyfork_error``."""
+    if stage in ("argument", "option"):
+        detail = _in_python(detail)
     if code == _EINVAL:
         return ValueError(f"{method}: {detail}")
     if code == _EFINALIZING:

@@ -13,6 +13,7 @@ class Method(NamedTuple):
     ``target``: whose interpreter and memory the target runs in, the caller's, main's or
     fresh ones. ``has_process``: it is a process, with a pid and signals. ``pickles``: its target
     and result are pickled on the way there, from the calling interpreter.
+    ``lacks``: what it cannot do on this CPython, or None.
     ``available`` is for the calling interpreter too; ``reason`` says why not.
     """
 
@@ -21,6 +22,7 @@ class Method(NamedTuple):
     runs_in: str
     memory: str
     may_wait_for: str
+    lacks: str | None
     target: Literal["caller", "main", "fresh"]
     has_process: bool
     pickles: bool

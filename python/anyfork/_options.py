@@ -242,6 +242,13 @@ def _rlimits(name: str, value: object) -> list[tuple[int, int, int]]:
     return limits
 
 
+def _cpus(name: str, value: object) -> list[int]:
+    cpus = _list(name, value, _natural)
+    if not cpus:
+        raise ValueError(f"{name}: none is given")
+    return cpus
+
+
 def _stdio(name: str, value: object) -> tuple[int, int, bytes | None, int, int]:
     if isinstance(value, int) and not isinstance(value, bool):
         if value in _SPECIAL:
@@ -263,7 +270,7 @@ _PLAIN: dict[str, tuple[str, Callable[[str, Any], object]]] = {
     "extra_groups": ("groups", lambda name, value: _list(name, value, _group)),
     "rlimits": ("rlimits", _rlimits),
     "nice": ("nice", _int),
-    "cpus": ("cpus", lambda name, value: _list(name, value, _natural)),
+    "cpus": ("cpus", _cpus),
     "cgroup": ("cgroup", as_bytes),
     "oom_score_adj": ("oom_score_adj", _int),
     "name": ("name", _name),

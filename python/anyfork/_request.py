@@ -34,13 +34,17 @@ def _is_async(fn: object) -> bool:
     """As inspect.iscoroutinefunction(); its import takes longer than a start."""
     while (inner := getattr(fn, "func", None)) is not None and callable(inner):
         fn = inner  # functools.partial
+    if not hasattr(fn, "__code__") and not isinstance(fn, type):
+        fn = getattr(type(fn), "__call__", None)  # noqa: B004
     flags = getattr(getattr(fn, "__code__", None), "co_flags", 0)
     return bool(flags & (_CO_COROUTINE | _CO_ASYNC_GENERATOR))
 
 
 def _check(fn: object, method: object) -> str:
     if not callable(fn):
-        raise TypeError(f"the target must be callable, not {type(fn).__name__}: {fn!r}")
+        hint = "; a program is started by spawn(argv=[...])" if isinstance(fn, list | tuple) else ""
+        what = "nothing" if fn is None else f"{type(fn).__name__}: {fn!r}"
+        raise TypeError(f"the target must be callable, not {what}{hint}")
     if _is_async(fn):
         raise TypeError(
             f"the target is a coroutine function, which needs a loop to run in: {fn!r}; give "
@@ -164,7 +168,9 @@ def _exec_program(argv: Iterable[Path], options: Options) -> Child:
         raise TypeError(f"argv: a sequence of words is wanted, not {type(argv).__name__}")
     prepared["argv"] = [_options.as_bytes("argv", word) for word in argv]
     _audit(prepared, options)
-    return _anyfork.spawn(Child, "exec", None, (), prepared, -1)
+    child = _anyfork.spawn(Child, "exec", None, (), prepared, -1)
+    child.__dict__["_program"] = True
+    return child
 
 
 def _audit(prepared: dict[str, Any], options: Options) -> None:

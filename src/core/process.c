@@ -38,7 +38,9 @@ struct anyfork_child {
     pid_t pid;       /* 0: none yet, or a thread of this process */
     bool in_process;
     int pidfd;
-    int status_fd;   /* our end of the socket, non-blocking; -1 after end-of-file */
+    int status_fd;   /* our end of the socket, non-blocking; open as long as the handle, for an
+                      * event loop forgets a descriptor that is closed, and whoever waits for it */
+    bool no_more_reports; /* end-of-file, or not to be read any more */
     int life_write;  /* closes with the owner: that is the lifeline */
     int life_read;   /* keeps the worker's read end alive though it closes its own */
     int stdio[3];    /* our ends of its standard streams, until they are taken */
@@ -136,6 +138,7 @@ reap_detached(void)
 unsigned
 afk_children_held(void)
 {
+    reap_detached();
     return atomic_load(&n_held);
 }
 
@@ -424,7 +427,10 @@ take_record(struct anyfork_child *child)
 static void
 end_of_reports(struct anyfork_child *child)
 {
-    afk_lifeline_close(&child->status_fd);
+    child->no_more_reports = true;
+    /* Who still writes there gets EPIPE, and does not wait for us. Readable from now on. */
+    if (child->status_fd >= 0)
+        (void)shutdown(child->status_fd, SHUT_RDWR);
     if (child->payload_have < child->payload_size) { /* cut off: not a result */
         child->outcome = 0;
         child->payload_size = 0;
@@ -435,7 +441,7 @@ end_of_reports(struct anyfork_child *child)
 static void
 drain(struct anyfork_child *child)
 {
-    while (child->status_fd >= 0) {
+    while (child->status_fd >= 0 && !child->no_more_reports) {
         char scratch[4096];
         bool in_payload = child->payload_have < child->payload_size;
         char *to;
@@ -519,7 +525,7 @@ reap(struct anyfork_child *child, bool block)
 static bool
 hung_up(const struct anyfork_child *child)
 {
-    return child->status_fd < 0 || afk_os_hung_up(child->status_fd);
+    return child->no_more_reports || afk_os_hung_up(child->status_fd);
 }
 
 static void
@@ -570,11 +576,12 @@ afk_child_wait_step(struct anyfork_child *child, enum afk_until until, int64_t t
             return 0;
         (void)pthread_mutex_lock(&child->lock);
         struct pollfd fds[2] = {{.fd = child->pidfd, .events = POLLIN},
-                                {.fd = child->status_fd, .events = POLLIN}};
+                                {.fd = child->no_more_reports ? -1 : child->status_fd,
+                                 .events = POLLIN}};
         (void)pthread_mutex_unlock(&child->lock);
-        /* A pidfd stays readable; a report may be read by another thread that waits, of
-         * which nothing would be left to wake this one. */
-        int timeout_ms = until == AFK_UNTIL_READY || child->in_process ? LOOK_MS : -1;
+        /* A pidfd stays readable, and so does the end of the reports; a READY may be read
+         * by another thread that waits, of which nothing would be left to wake this one. */
+        int timeout_ms = until == AFK_UNTIL_READY ? LOOK_MS : -1;
         if (deadline >= 0) {
             int64_t left = deadline - afk_os_now_ns();
             if (left <= 0)
@@ -601,7 +608,7 @@ afk_child_view(struct anyfork_child *child, struct afk_child_view *ret_view)
     }
     (void)pthread_mutex_lock(&child->lock);
     ret_view->pidfd = child->pidfd;
-    ret_view->status_fd = child->status_fd;
+    ret_view->status_fd = child->no_more_reports ? -1 : child->status_fd;
     ret_view->ready = child->ready;
     ret_view->ended = child->ended;
     ret_view->status_from = child->status_from;
@@ -631,19 +638,57 @@ anyfork_child_pidfd(const struct anyfork_child *child)
     return child->generation == afk_generation() ? child->pidfd : -1;
 }
 
-int
-anyfork_child_wait(struct anyfork_child *child, int64_t timeout_ns, int *ret_status)
+/* Goes on after a signal. */
+static int
+wait_until(struct anyfork_child *child, enum afk_until until, int64_t timeout_ns)
 {
     int64_t deadline = timeout_ns < 0 ? -1 : afk_os_now_ns() + timeout_ns;
     int r;
 
-    while ((r = afk_child_wait_step(child, AFK_UNTIL_ENDED, timeout_ns)) == -EINTR) {
+    while ((r = afk_child_wait_step(child, until, timeout_ns)) == -EINTR) {
         if (deadline >= 0) {
             timeout_ns = deadline - afk_os_now_ns();
             if (timeout_ns < 0)
                 timeout_ns = 0;
         }
     }
+    return r;
+}
+
+int
+anyfork_child_report_fd(struct anyfork_child *child)
+{
+    struct afk_child_view view;
+    afk_child_view(child, &view);
+    return view.status_fd;
+}
+
+int
+anyfork_child_wait_ready(struct anyfork_child *child, int64_t timeout_ns,
+                         struct anyfork_error *reterr)
+{
+    struct afk_child_view view;
+    int r = wait_until(child, AFK_UNTIL_READY, timeout_ns);
+    if (r < 0)
+        return AFK_FAIL(reterr, r, ANYFORK_STAGE_CHILD, 0,
+                        r == ANYFORK_EFOREIGN ? "the worker is another process's"
+                                              : "the worker is not ready yet");
+    afk_child_view(child, &view);
+    if (view.ready)
+        return 0;
+    if (view.error.kind == 0)
+        return AFK_FAIL(reterr, ANYFORK_EDIED, ANYFORK_STAGE_CHILD, 0,
+                        "the worker ended before it was ready");
+    char detail[sizeof view.error.detail + 1];
+    memcpy(detail, view.error.detail, sizeof view.error.detail);
+    detail[sizeof view.error.detail] = '\0';
+    return AFK_FAIL(reterr, ANYFORK_EDIED, view.error.stage, view.error.sys_errno, detail);
+}
+
+int
+anyfork_child_wait(struct anyfork_child *child, int64_t timeout_ns, int *ret_status)
+{
+    int r = wait_until(child, AFK_UNTIL_ENDED, timeout_ns);
     if (r < 0)
         return r;
     if (child->status_from == AFK_STATUS_LOST)
@@ -691,7 +736,7 @@ await_armed(struct anyfork_child *child)
 {
     for (int tries = 0; tries < ARMED_TRIES && afk_child_poll(child) == 0; tries++) {
         (void)pthread_mutex_lock(&child->lock);
-        int unread = child->status_fd >= 0 ? afk_os_unread_by_peer(child->status_fd) : 0;
+        int unread = !child->no_more_reports ? afk_os_unread_by_peer(child->status_fd) : 0;
         (void)pthread_mutex_unlock(&child->lock);
         if (unread <= 0)
             return;
@@ -748,6 +793,7 @@ anyfork_child_close(struct anyfork_child *child)
     if (child == NULL)
         return;
     if (child->generation == afk_generation()) {
+        reap_detached();
         if (child->detached && !child->ended && afk_child_poll(child) == 0)
             let_it_go(child);
         else if (!child->ended && child->pid > 0 && child->pidfd >= 0) {

@@ -165,9 +165,9 @@ traits(const struct afk_method *m)
 {
     static const char *const targets[] = {"caller", "main", "fresh"}; /* enum afk_target */
     bool in_main = PyInterpreterState_Get() == PyInterpreterState_Main();
-    return Py_BuildValue("{s:s,s:s,s:s,s:s,s:s,s:s,s:O,s:O}", "name", m->name, "summary",
+    return Py_BuildValue("{s:s,s:s,s:s,s:s,s:s,s:z,s:s,s:O,s:O}", "name", m->name, "summary",
                          m->summary, "runs_in", m->runs_in, "memory", m->memory, "may_wait_for",
-                         m->may_wait_for, "target", targets[m->target], "has_process",
+                         m->may_wait_for, "lacks", m->lacks, "target", targets[m->target], "has_process",
                          m->process != AFK_PROCESS_NONE ? Py_True : Py_False, "pickles",
                          afk_method_pickles(m, in_main) ? Py_True : Py_False);
 }

@@ -10,6 +10,7 @@ struct child_object {
     bool closing;                /* by one call; others see the worker until it is done */
     const char *method;          /* static string of the table */
     struct afk_child_view last;  /* what was known when it was closed */
+    PyObject *payload; /* bytes, of a closed handle; or NULL */
 };
 
 PyObject *
@@ -51,8 +52,9 @@ view(struct child_object *self, struct afk_child_view *ret)
     afk_child_unref(child);
 }
 
+/* `keep` what has arrived of its result. */
 static void
-close_handle(struct child_object *self)
+close_handle(struct child_object *self, bool keep)
 {
     struct anyfork_child *child = NULL;
     Py_BEGIN_CRITICAL_SECTION(self);
@@ -69,9 +71,15 @@ close_handle(struct child_object *self)
     Py_END_ALLOW_THREADS
     Py_BEGIN_CRITICAL_SECTION(self);
     afk_child_view(child, &self->last);
-    self->last.pidfd = self->last.status_fd = -1;
+    if (keep && self->last.outcome != 0) { /* a result is not lost with its handle */
+        self->payload = PyBytes_FromStringAndSize(self->last.payload,
+                                                  (Py_ssize_t)self->last.payload_size);
+        if (self->payload == NULL)
+            PyErr_Clear();
+    }
     self->last.payload = NULL;
-    self->last.outcome = 0;
+    self->last.outcome = self->payload != NULL ? self->last.outcome : 0;
+    self->last.pidfd = self->last.status_fd = -1;
     self->child = NULL;
     Py_END_CRITICAL_SECTION();
     afk_child_unref(child);
@@ -85,7 +93,8 @@ child_dealloc(PyObject *op)
         return;
     PyObject_GC_UnTrack(op);
     PyObject *exc = PyErr_GetRaisedException();
-    close_handle((struct child_object *)op);
+    close_handle((struct child_object *)op, false);
+    Py_XDECREF(((struct child_object *)op)->payload);
     PyErr_SetRaisedException(exc);
     type->tp_free(op);
     Py_DECREF(type);
@@ -233,7 +242,8 @@ child_signal(PyObject *op, PyObject *arg)
     }
     int r = anyfork_child_signal(child, sig);
     return done(self, child, r, ANYFORK_STAGE_SIGNAL,
-                "it is a thread of this process, and a thread cannot be killed");
+                "it is a thread of this process, which cannot be signalled: use a method that is a "
+                "process, 'fork' say");
 }
 
 /* _take_stdio(which) -> fd, the caller's from now on, or -1. */
@@ -265,7 +275,7 @@ child_detach(PyObject *op, PyObject *Py_UNUSED(args))
 static PyObject *
 child_close(PyObject *op, PyObject *Py_UNUSED(args))
 {
-    close_handle((struct child_object *)op);
+    close_handle((struct child_object *)op, true);
     Py_RETURN_NONE;
 }
 
@@ -276,8 +286,11 @@ child_outcome(PyObject *op, PyObject *Py_UNUSED(args))
     struct afk_child_view v;
     PyObject *pair;
     struct anyfork_child *child = borrow((struct child_object *)op);
-    if (child == NULL)
-        return Py_BuildValue("iO", 0, Py_None);
+    if (child == NULL) {
+        struct child_object *self = (struct child_object *)op;
+        PyObject *payload = self->payload; /* set once, before child is NULL */
+        return Py_BuildValue("iO", self->last.outcome, payload != NULL ? payload : Py_None);
+    }
     afk_child_view(child, &v);
     if (v.outcome == 0)
         pair = Py_BuildValue("iO", 0, Py_None);
@@ -351,8 +364,8 @@ static PyMethodDef child_methods[] = {
 };
 static PyGetSetDef child_getset[] = {
     {"pid", get_pid, NULL, "Process id; None for a thread of this process.", NULL},
-    {"pidfd", get_pidfd, NULL, "Readable once the worker has ended; -1 after close(); None for a thread of this process.", NULL},
-    {"report_fd", get_report_fd, NULL, "Readable when the worker has reported; -1 when it has no more.", NULL},
+    {"pidfd", get_pidfd, NULL, "Readable once the process has ended, which may be waiting for its result to be read: see wake_fd. -1 after close(); None for a thread of this process.", NULL},
+    {"report_fd", get_report_fd, NULL, "Readable when the worker has reported; -1 when it has no more. Read what is there, by is_alive() say, before the worker can end: it waits for that if there is much.", NULL},
     {"method", get_method, NULL, "Name of the spawn method.", NULL},
     {"_ready", get_is_ready, NULL, NULL, NULL},
     {"_ended", get_has_ended, NULL, NULL, NULL},

@@ -203,14 +203,19 @@ test_ready_can_be_waited_for(void **state)
     int code = 5;
     (void)state;
     struct anyfork_child *child = start_worker(waits_for_ever, NULL);
-    assert_int_equal(afk_child_wait_step(child, AFK_UNTIL_READY, WAIT_NS), 0);
+    struct anyfork_error error;
+    wait_readable(anyfork_child_report_fd(child));
+    assert_int_equal(anyfork_child_wait_ready(child, WAIT_NS, &error), 0);
     assert_true(view_of(child).ready);
     assert_false(view_of(child).ended);
     anyfork_child_close(child);
 
     child = start_worker(ends_without_record, &code); /* never ready, but it ends */
-    assert_int_equal(afk_child_wait_step(child, AFK_UNTIL_READY, WAIT_NS), 0);
+    assert_int_equal(anyfork_child_wait_ready(child, WAIT_NS, NULL), ANYFORK_EDIED);
+    assert_int_equal(anyfork_child_wait_ready(child, WAIT_NS, &error), ANYFORK_EDIED);
+    assert_int_equal(error.stage, ANYFORK_STAGE_CHILD);
     assert_false(view_of(child).ready);
+    assert_int_equal(anyfork_child_report_fd(child), -1);
     anyfork_child_close(child);
 }
 

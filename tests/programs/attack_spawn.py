@@ -7,6 +7,7 @@ import contextlib
 import contextvars
 import gc
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -16,7 +17,17 @@ import time
 import warnings
 from typing import Any
 
-from attack_common import LIMIT, available, in_child, places, raises, same, status_of, twin_works
+from attack_common import (
+    LIMIT,
+    available,
+    in_child,
+    places,
+    raises,
+    same,
+    status_of,
+    twin_works,
+    until,
+)
 
 import anyfork
 
@@ -627,6 +638,101 @@ def check_ready_is_told_to_every_waiter(place: str) -> None:
                     thread.join()
                 child.result(LIMIT)
                 assert len(took) == 3 and max(took) < 1.2, (method, took)
+
+
+def large() -> bytes:
+    return bytes(3_000_000)
+
+
+def check_wake_fd(place: str) -> None:
+    """One descriptor tells an event loop of all news, whatever other threads read."""
+    for method in available():
+        with anyfork.spawn(large, method=method) as child, select.epoll() as loop:
+            watched = -1
+            while child.is_alive():
+                if child.wake_fd != watched:
+                    watched = child.wake_fd
+                    loop.register(watched, select.EPOLLIN)
+                assert loop.poll(LIMIT), method
+            same((method, len(child.result(0))), (method, 3_000_000))
+        with anyfork.spawn(time.sleep, 0.2, method=method) as child, select.epoll() as loop:
+            child.wait_ready(LIMIT)
+            loop.register(child.wake_fd, select.EPOLLIN)
+            thread = threading.Thread(target=child.wait, args=(LIMIT,))
+            thread.start()  # it reads the end of the reports
+            thread.join()
+            assert loop.poll(LIMIT), (method, "the wake-up is lost")
+
+
+def check_what_has_arrived_outlives_the_handle(place: str) -> None:
+    for method in available():
+        with anyfork.spawn(pow, 2, 5, method=method) as child:
+            child.wait(LIMIT)
+        same((method, child.result(), child.exception()), (method, 32, None))
+        with anyfork.spawn(fails, method=method) as child:
+            child.wait(LIMIT)
+        raises(ZeroDivisionError, child.result)
+    with anyfork.spawn(argv=["true"]) as child:
+        same((child.result(LIMIT), child.exception()), (None, None))
+    with anyfork.spawn(argv=["sh", "-c", "exit 3"]) as child:
+        same(raises(anyfork.WorkerDied, lambda: child.result(LIMIT)).returncode, 3)
+
+
+def fails() -> None:
+    raise ZeroDivisionError
+
+
+class Called:
+    async def __call__(self) -> int:
+        return 1
+
+
+def check_coroutines_are_no_targets(place: str) -> None:
+    exc = raises(TypeError, lambda: anyfork.spawn(Called(), method="fork"))
+    assert "loop" in str(exc)
+    for method in available():
+        exc = raises(TypeError, lambda m=method: anyfork.run(makes_a_coroutine, method=m))
+        assert any("trio.run" in note for note in exc.__notes__), exc.__notes__
+
+
+def makes_a_coroutine() -> object:
+    return Called()()
+
+
+@places("main")
+def check_reason_of_a_failed_prelude(place: str) -> None:
+    def boom() -> None:
+        raise ValueError("boom")
+
+    anyfork.register_child_reset(boom)
+    for method in ("fork", "subint_fork", "main_thread_forkserver"):
+        exc = raises(anyfork.SpawnError, lambda m=method: anyfork.run(int, method=m))
+        assert "ValueError('boom')" in str(exc), exc
+
+
+def check_detached_workers_are_reaped(place: str) -> None:
+    """By the next handle that is closed, or start."""
+    for method in available():
+        if method == "subint":
+            continue
+        last = anyfork.spawn(int, method=method)
+        children = [anyfork.spawn(int, method=method) for _ in range(3)]
+        pids = [child.pid for child in children]
+        for child in children:
+            child.detach()
+            child.close()
+        until(lambda p=pids: all(is_zombie(pid) for pid in p), "their end")
+        last.close()
+        for pid in pids:
+            assert not os.path.exists(f"/proc/{pid}"), (method, pid)
+
+
+def is_zombie(pid: int | None) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as f:
+            return f.read().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
 
 
 def check_close_beside_wait(place: str) -> None:
