@@ -6,7 +6,8 @@ means that the peer takes twice as long. Each round runs both once, in random or
 
 Peers: subprocess and os.posix_spawn for a program by exec; multiprocessing's spawn,
 fork and forkserver for a target by exec, by fork and by the launch pads; an interpreter
-of its own on a thread (PEP 734) for subint.
+of its own on a thread (PEP 734) for subint. A method that no peer is named for gets one
+by what its row says of it.
 """
 
 from __future__ import annotations
@@ -94,17 +95,43 @@ def by_interpreter() -> Timed:
     return called, now() - start
 
 
-PAIRS: list[tuple[str, Callable[[], Timed], str, Callable[[], Timed]]] = [
-    ("exec, a program", program, "subprocess", by_subprocess),
-    ("exec, a program", program, "os.posix_spawn", by_posix_spawn),
-    ("exec, a target", ours("exec"), "multiprocessing spawn", by_multiprocessing("spawn")),
-    ("fork", ours("fork"), "multiprocessing fork", by_multiprocessing("fork")),
-    *(
-        (pad, ours(pad), "multiprocessing forkserver", by_multiprocessing("forkserver"))
-        for pad in ("subint_fork", "main_thread_forkserver", "subint_forkserver")
-    ),
-    ("subint", ours("subint"), "interpreter on a thread", by_interpreter),
-]
+Peer = tuple[str, Callable[[], Timed]]
+SPAWN: Peer = ("multiprocessing spawn", by_multiprocessing("spawn"))
+FORK: Peer = ("multiprocessing fork", by_multiprocessing("fork"))
+FORKSERVER: Peer = ("multiprocessing forkserver", by_multiprocessing("forkserver"))
+INTERPRETER: Peer = ("interpreter on a thread", by_interpreter)
+# The nearest one of each method; see nearest_peer() for others.
+PEERS = {
+    "exec": SPAWN,
+    "fork": FORK,
+    "subint_fork": FORKSERVER,
+    "main_thread_forkserver": FORKSERVER,
+    "subint_forkserver": FORKSERVER,
+    "subint": INTERPRETER,
+}
+
+
+def nearest_peer(method: anyfork.Method) -> Peer:
+    if method.name in PEERS:
+        return PEERS[method.name]
+    if not method.has_process:
+        return INTERPRETER
+    return SPAWN if method.target == "fresh" else FORKSERVER
+
+
+def pairs() -> list[tuple[str, Callable[[], Timed], str, Callable[[], Timed]]]:
+    """One for each method that works here, and what exec alone can do."""
+    found = [
+        ("exec, a program", program, "subprocess", by_subprocess),
+        ("exec, a program", program, "os.posix_spawn", by_posix_spawn),
+    ]
+    for method in anyfork.methods():
+        if not method.available:
+            print(f"{method.name}: skipped: {method.reason}", file=sys.stderr)
+            continue
+        name = "exec, a target" if method.name == "exec" else method.name
+        found.append((name, ours(method.name), *nearest_peer(method)))
+    return found
 
 
 def measure(
@@ -184,8 +211,9 @@ def main() -> int:
         thread.start()
     rows = []
     try:
-        for n, (name, mine, peer_name, peer) in enumerate(PAIRS, 1):
-            print(f"[{n}/{len(PAIRS)}] {name} and {peer_name}", file=sys.stderr, flush=True)
+        todo = pairs()
+        for n, (name, mine, peer_name, peer) in enumerate(todo, 1):
+            print(f"[{n}/{len(todo)}] {name} and {peer_name}", file=sys.stderr, flush=True)
             results = measure(mine, peer, options.rounds)
             rows.append(
                 row(name, results[0], peer_name, results[1], options.busy, options.heap)

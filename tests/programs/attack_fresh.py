@@ -12,7 +12,7 @@ import threading
 import time
 from typing import Any
 
-from attack_common import LIMIT, busy, given, places, raises, same, until
+from attack_common import LIMIT, available, busy, given, places, raises, same, until
 
 import anyfork
 from anyfork import _anyfork
@@ -165,6 +165,72 @@ def start_one_more_elsewhere(method: str, depth: int) -> int:
 def check_workers_of_workers(place: str) -> None:
     for method in fresh():
         same(start_one_more_elsewhere(method, 2), 3)
+
+
+def execute_both() -> tuple[int, bool, bool]:
+    """A program, and a target of ours: how the one ended; of the other, whether it was
+    another process, and in main."""
+    with anyfork.spawn(argv=["/bin/sh", "-c", "exit 7"], method="exec") as child:
+        code = child.wait(LIMIT)
+    pid, in_main, *_ = anyfork.run(where, method="exec")
+    return code, pid != os.getpid(), in_main
+
+
+def check_exec_from_a_thread(place: str) -> None:
+    """One that never enters an event loop."""
+    answers: list[object] = []
+    thread = threading.Thread(target=lambda: answers.append(execute_both()))
+    thread.start()
+    thread.join(LIMIT)
+    same(answers, [(7, True, True)])
+
+
+held: list[tuple[threading.Event, threading.Event]] = []
+
+
+def hold_the_start() -> None:
+    """A before-fork hook, which cannot be taken away again."""
+    for entered, go_on in held:
+        entered.set()
+        go_on.wait(LIMIT)
+
+
+@places("main")
+def check_exec_beside_a_start_that_waits(place: str) -> None:
+    """No fork: it runs no hook, and waits for nothing that a start by fork has taken."""
+    os.register_at_fork(before=hold_the_start)
+    held[:] = [(threading.Event(), threading.Event())]
+    entered, go_on = held[0]
+    forked: list[object] = []
+
+    def fork() -> None:
+        forked.append(anyfork.run(os.getppid, method="subint_fork"))
+
+    thread = threading.Thread(target=fork)
+    thread.start()
+    try:
+        assert entered.wait(LIMIT), "the start by fork does not come to its hook"
+        children = [
+            anyfork.spawn(argv=["/bin/sh", "-c", "exit 7"], method="exec"),
+            anyfork.spawn(where, method="exec"),
+        ]
+        same((thread.is_alive(), forked), (True, []))
+    finally:
+        held.clear()
+        go_on.set()
+        thread.join(LIMIT)
+    same(forked, [os.getpid()])
+    program, target = children
+    same(program.wait(LIMIT), 7)
+    same(target.result(LIMIT)[1], True)
+    for child in children:
+        child.close()
+
+
+def check_exec_in_workers(place: str) -> None:
+    """Whichever thread they were forked on."""
+    for method in available():
+        same((method, anyfork.run(execute_both, method=method)), (method, (7, True, True)))
 
 
 def fork_in_it() -> int:

@@ -1,23 +1,62 @@
-"""usage: sanitized.py [N]
+"""usage: sanitized.py [--under TOOL] [--brief] [N]
 
-Every kind of fork N times, for tools/sanitize: it runs this where each call costs
-ten times as much. All answers are checked; nothing may be left. The last part
-starts workers from several threads at once: the hand-offs to the launch pad and to
-the threads that hold a GIL.
+Every kind of fork and every spawn method N times, for tools/sanitize: it runs this
+where each call costs ten times as much, so that methods which import everything anew
+have one round in each interpreter. All answers are checked; nothing may be left. The
+last part starts workers from several threads at once: the hand-offs to the launch pad
+and to the threads that hold a GIL. --brief leaves out what imports everything anew, but for
+exec in main, and has the options of one start for exec and fork only.
 """
 
 from __future__ import annotations
 
 import os
+import resource
+import subprocess
 import sys
-import sysconfig
 import threading
 
 import subint
 
 import anyfork
 
-FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
+# It takes a clone(2) that shares memory for a fork, and what it forgets in a forked child
+# it then forgets here: which calls of this thread wait for others.
+CLONE = "it reports races after a clone(2) that shares memory"
+# (TOOL, what it cannot run): the reason.
+LEFT_OUT = {
+    ("valgrind", "name"): "what the kernel says of the command line's place is not true of its "
+    "program, so that the write there is invalid for it",
+    ("tsan", "exec"): CLONE,
+    ("tsan", "guard"): CLONE,
+    ("tsan", "subint_forkserver"): "it gives up a forked child of a process with threads that "
+    "starts one itself (dup thread with used id)",
+}
+
+
+def left_out(what: str) -> bool:
+    """Whether the tool that we run under cannot; said then."""
+    # The environment, for sub-interpreters look there too.
+    tool = os.environ.get("SANITIZED_UNDER", "")
+    reason = LEFT_OUT.get((tool, what))
+    if reason is not None:
+        print(f"{what}: skipped under {tool}: {reason}", flush=True)
+    return reason is not None
+
+
+def methods(slow: bool) -> list[str]:
+    """Those that work in this interpreter; the slow ones, or the others."""
+    found = []
+    for row in anyfork.methods():
+        if (row.target == "fresh") != slow:
+            continue
+        if row.available:
+            if not left_out(row.name):
+                found.append(row.name)
+        else:
+            place = "main" if anyfork._anyfork.in_main() else "a sub-interpreter"
+            print(f"{row.name}: skipped in {place}: {row.reason}", flush=True)
+    return found
 
 
 def reap(pid: int) -> None:
@@ -43,24 +82,80 @@ def spawn_once(method: str) -> None:
         assert isinstance(child.exception(), ZeroDivisionError)
 
 
-def everything(n: int, in_main: bool) -> None:
+def state(fd: int) -> tuple[object, ...]:
+    """What the options have made of this process."""
+    print("told", flush=True)
+    os.write(fd, b"x")
+    with open("/proc/self/comm") as f:
+        name = f.read().rstrip()
+    umask, limit = os.umask(0), resource.getrlimit(resource.RLIMIT_CPU)[0]
+    nice = os.getpriority(os.PRIO_PROCESS, 0)
+    return os.getcwd(), os.environ["SANITIZED"], umask, nice, limit, name
+
+
+def with_options(method: str) -> None:
+    """One worker with several, and one that the guard holds too."""
+    nice = min(os.getpriority(os.PRIO_PROCESS, 0) + 1, 19)
+    expected = ("/", method, 0o27, nice, 5000)
+    options: anyfork.Options = {
+        "cwd": "/",
+        "env": {**os.environ, "SANITIZED": method},
+        "umask": 0o27,
+        "nice": 1,
+        "rlimits": {resource.RLIMIT_CPU: 5000},  # valgrind has a RLIMIT_NOFILE of its own
+        "stdout": subprocess.PIPE,
+    }
+    if not left_out("name"):
+        options["name"] = "sanitized"
+    r, w = os.pipe()
+    with anyfork.spawn(state, 7, method=method, fds={7: w}, **options) as child:
+        os.close(w)
+        *got, name = child.result()
+        assert tuple(got) == expected, (method, got)
+        assert name == options.get("name", name), (method, name)
+        assert child.stdout is not None
+        assert (child.stdout.read(), os.read(r, 2)) == (b"told\n", b"x")
+    os.close(r)
+    if not left_out("guard"):
+        assert anyfork.run(int, "1", method=method, guard=True) == 1
+
+
+def everything(n: int) -> None:
+    fast = methods(slow=False)
     for _ in range(n):
-        if in_main or not FREE_THREADED:
+        if "fork" in fast:
             fork_once()
-            spawn_once("fork")
-        spawn_once("subint_fork")
+        for method in fast:
+            spawn_once(method)
 
 
-def on_threads(n: int, in_main: bool) -> None:
+def slowly(brief: bool) -> None:
+    """What costs most, once in an interpreter."""
+    has_process = {row.name for row in anyfork.methods() if row.has_process}
+    slow = methods(slow=True)
+    if brief:
+        has_process &= {"exec", "fork"}
+        slow = [name for name in slow if name == "exec"]
+    for method in slow:
+        spawn_once(method)
+    if "exec" in slow:
+        with anyfork.spawn(argv=["/bin/sh", "-c", "exit 7"]) as child:
+            assert child.wait() == 7
+    for method in (*methods(slow=False), *slow):
+        if method in has_process:
+            with_options(method)
+
+
+def on_threads(n: int) -> None:
     """The same from three threads at once."""
     failures: list[BaseException] = []
+    fast = methods(slow=False)
 
     def body() -> None:
         try:
             for _ in range(n):
-                if in_main or not FREE_THREADED:
-                    anyfork.run(int, "1", method="fork")
-                anyfork.run(int, "1", method="subint_fork")
+                for method in fast:
+                    anyfork.run(int, "1", method=method)
         except BaseException as exc:
             failures.append(exc)
 
@@ -74,14 +169,23 @@ def on_threads(n: int, in_main: bool) -> None:
 
 
 def main() -> None:
-    n = int(sys.argv[1]) if len(sys.argv) > 1 else 3
-    everything(n, True)
-    on_threads(n, True)
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["--under"]:
+        os.environ["SANITIZED_UNDER"] = arguments[1]
+        del arguments[:2]
+    brief = arguments[:1] == ["--brief"]
+    del arguments[: int(brief)]
+    n = int(arguments[0]) if arguments else 3
+    everything(n)
+    slowly(brief)
+    on_threads(n)
     for kind in subint.KINDS:
         with subint.interpreter(kind) as made:
-            made.run(f"import sanitized; sanitized.everything({n}, False)")
-            made.run(f"import sanitized; sanitized.everything({n}, False)", where="thread")
-            made.run(f"import sanitized; sanitized.on_threads({n}, False)")
+            made.run(f"import sanitized; sanitized.everything({n})")
+            if not brief:
+                made.run("import sanitized; sanitized.slowly(False)")
+            made.run(f"import sanitized; sanitized.everything({n})", where="thread")
+            made.run(f"import sanitized; sanitized.on_threads({n})")
     print("all right", flush=True)
 
 
