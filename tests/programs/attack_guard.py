@@ -503,7 +503,7 @@ def check_bad_values(place: str) -> None:
     for options, named in (
         ({"guard": 1}, "guard"),
         ({"guard": True, "lifeline": False}, "lifeline"),
-        ({"scope": "cgroup"}, "lifeline_scope"),
+        ({"scope": "cgroup"}, "scope"),
     ):
         exc = raises(
             (TypeError, ValueError), lambda o=options: anyfork.spawn(int, method="exec", **o)

@@ -748,8 +748,8 @@ BAD: list[tuple[dict[str, Any], type[BaseException], str]] = [
     ({"lifeline": signal.SIGTERM, "signal_mask": [signal.SIGTERM]}, ValueError, "lifeline"),
     ({"lifeline": "yes"}, TypeError, "lifeline"),
     ({"scope": "world"}, ValueError, "scope"),
-    ({"scope": "group"}, ValueError, "lifeline_scope"),
-    ({"scope": "group", "process_group": 7}, ValueError, "lifeline_scope"),
+    ({"scope": "group"}, ValueError, "scope"),
+    ({"scope": "group", "process_group": 7}, ValueError, "scope"),
     ({"nonsense": 1}, TypeError, "nonsense"),
 ]
 
