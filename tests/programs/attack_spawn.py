@@ -690,7 +690,7 @@ class Called:
 def check_coroutines_are_no_targets(place: str) -> None:
     exc = raises(TypeError, lambda: anyfork.spawn(Called(), method="fork"))
     assert "loop" in str(exc)
-    for method in available():
+    for method in available()[:2]:
         exc = raises(TypeError, lambda m=method: anyfork.run(makes_a_coroutine, method=m))
         assert any("trio.run" in note for note in exc.__notes__), exc.__notes__
 
@@ -713,7 +713,7 @@ def check_reason_of_a_failed_prelude(place: str) -> None:
 def check_detached_workers_are_reaped(place: str) -> None:
     """By the next handle that is closed, or start."""
     for method in available():
-        if method == "subint":
+        if method not in ("fork", "subint_fork", "main_thread_forkserver"):
             continue
         last = anyfork.spawn(int, method=method)
         children = [anyfork.spawn(int, method=method) for _ in range(3)]

@@ -175,17 +175,17 @@ def test_a_closed_pipe_ends_it_quietly():
     assert (run.returncode, run.stderr) == (1, "")
 
 
-@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
+@pytest.mark.parametrize("closed", [(0,), (1,), (0, 1, 2)])
 def test_closed_standard_streams(closed):
     run = subprocess.run(
-        [sys.executable, "-m", "anyfork", "methods"],
+        [sys.executable, "-m", "anyfork", "methods", "exec"],  # works everywhere
         capture_output=True,
         text=True,
         timeout=TIMEOUT,
         preexec_fn=lambda: [os.close(fd) for fd in closed],
     )
     assert run.returncode == 0, run.stderr
-    assert ("subint_fork" in run.stdout) == (1 not in closed)
+    assert ("exec" in run.stdout) == (1 not in closed)
 
 
 def test_plain_tables_are_aligned(capsys):
