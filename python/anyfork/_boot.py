@@ -340,7 +340,7 @@ def register_child_reset(fn: Callable[[], object]) -> Callable[[], object]:
 
 
 def reset_registered() -> None:
-    """Random generators of libraries that are loaded, and what was registered."""
+    """Random generators and caches of libraries that are loaded, and what was registered."""
     for name, attribute in (("numpy.random", "seed"), ("torch.random", "seed")):
         seed = getattr(sys.modules.get(name), attribute, None)
         if callable(seed):
@@ -404,9 +404,8 @@ def run(call: tuple[Callable[..., object], tuple[object, ...]]) -> tuple[int, in
             return RESULT, 0, pickle.dumps(result, protocol=5)
         except Exception as exc:
             kind = type(result)
-            close = getattr(result, "close", None)
-            if isinstance(result, Coroutine) and callable(close):
-                close()  # or it complains that nobody awaited it
+            if isinstance(result, Coroutine):
+                result.close()  # or it complains that nobody awaited it
                 exc.add_note("It is a coroutine: run it there, by trio.run() or asyncio.run().")
             exc.add_note(
                 "The target returned, but its result cannot be pickled: it is of type "

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from . import _anyfork, _boot
-from ._errors import SpawnError, WorkerDied, worker_name
+from ._errors import SpawnError, WorkerDied, in_python, worker_name
 
 _taking_streams = threading.Lock()
 
@@ -206,6 +206,7 @@ class Child(_anyfork.Child):
             stage, errno, detail = "child", 0, "the worker ended before it was ready"
         else:
             stage, errno, detail = error
+            detail = in_python(stage, detail)
         died = WorkerDied(self.pid, self._status)
         kind, payload = self._outcome()
         cause = _boot.restore(payload) if kind == _boot.ERROR and payload else None

@@ -126,7 +126,10 @@ _OPTION_OF = {
 }
 
 
-def _in_python(detail: str) -> str:
+def in_python(stage: str, detail: str) -> str:
+    """What C says of an option, under the option's name here."""
+    if stage not in ("argument", "option"):
+        return detail
     member, colon, rest = detail.partition(":")
     return _OPTION_OF.get(member, member) + colon + rest
 
@@ -135,8 +138,7 @@ def from_c(
     code: int, stage: str, errno: int, method: str, detail: str, line: int
 ) -> BaseException:
     """Make the exception for a ``struct anyfork_error``."""
-    if stage in ("argument", "option"):
-        detail = _in_python(detail)
+    detail = in_python(stage, detail)
     if code == _EINVAL:
         return ValueError(f"{method}: {detail}")
     if code == _EFINALIZING:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import pickle
@@ -32,8 +33,8 @@ def _check_place() -> None:
 
 def _is_async(fn: object) -> bool:
     """As inspect.iscoroutinefunction(); its import takes longer than a start."""
-    while (inner := getattr(fn, "func", None)) is not None and callable(inner):
-        fn = inner  # functools.partial
+    while isinstance(fn, functools.partial):
+        fn = fn.func
     if not hasattr(fn, "__code__") and not isinstance(fn, type):
         fn = getattr(type(fn), "__call__", None)  # noqa: B004
     flags = getattr(getattr(fn, "__code__", None), "co_flags", 0)

@@ -445,8 +445,9 @@ collect_young(struct gc_pictures *p)
 /* gc.collecting is the one int that is 1 during a collection, and 0 before and after: its
  * offset in the interpreter, or 0 while another thread collects, say. */
 static size_t
-find_collecting(size_t gc, size_t interp_size)
+find_collecting(const struct afk_layout *lo)
 {
+    size_t gc = lo->interp_gc, interp_size = lo->interp_size;
     struct gc_pictures *p = malloc(sizeof *p);
     size_t offset = 0;
     unsigned found = 0;
@@ -707,7 +708,7 @@ afk_layout_discover(const struct afk_layout_source *source, struct afk_layout *l
     lo->interval_known = gil == NULL && check_interval(&t);
 #endif
     if (hop == NULL)
-        lo->interp_collecting = find_collecting(t.interp.gc, t.interp.size);
+        lo->interp_collecting = find_collecting(lo);
     lo->state[AFK_FEATURE_HOP] = lo->state[AFK_FEATURE_TWIN] = AFK_READY;
     if (hop != NULL)
         refuse(lo, AFK_FEATURE_HOP, hop);
@@ -767,7 +768,7 @@ afk_layout_look_again(void)
     static atomic_uint looked;
     if (here.state[AFK_FEATURE_HOP] == AFK_READY && here.interp_collecting == 0 &&
         atomic_fetch_add(&looked, 1) < RETRIES)
-        here.interp_collecting = find_collecting(here.interp_gc, here.interp_size);
+        here.interp_collecting = find_collecting(&here);
 }
 
 const struct afk_layout *
