@@ -22,7 +22,7 @@ import sys
 import threading
 import traceback
 import weakref
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -61,6 +61,25 @@ def descriptors_in_use() -> bytes:
     return found.tobytes()
 
 
+_forking_loops: dict[int, Any] = {}
+
+
+@contextlib.contextmanager
+def loop_remembered() -> Iterator[None]:
+    """A worker that is forked meanwhile knows the trio loop of this thread."""
+    module: Any = sys.modules.get("trio._core._run")
+    runner = getattr(getattr(module, "GLOBAL_RUN_CONTEXT", None), "runner", None)
+    if runner is None:
+        yield
+        return
+    me = _thread.get_ident()
+    _forking_loops[me] = runner
+    try:
+        yield
+    finally:
+        _forking_loops.pop(me, None)
+
+
 def _handlers() -> list[object]:
     """The logging handlers that are alive."""
     references = getattr(sys.modules.get("logging"), "_handlerList", ())
@@ -68,6 +87,25 @@ def _handlers() -> list[object]:
 
 
 # ---- before the hooks -----------------------------------------------------------
+
+
+class _Deaf:
+    """Stands for the socket that wakes a loop which does not run in this process."""
+
+    def wakeup_thread_and_signal_safe(self) -> None:
+        pass
+
+
+def silence_loops() -> None:
+    """The garbage collector hands copies of the owner's async generators to the copy of its
+    loop, which would write to a descriptor that is not ours (trio/_core/_asyncgens.py).
+    Those of asyncio are silent when they cannot write."""
+    for runner in _forking_loops.values():
+        queue: Any = getattr(runner, "entry_queue", None)
+        if hasattr(queue, "wakeup"):
+            queue.wakeup = _Deaf()
+    _kept.append(list(_forking_loops.values()))
+    _forking_loops.clear()
 
 
 def repair_imports(caller: int) -> None:

@@ -223,9 +223,11 @@ def spawn(
     if name == "exec":
         return _exec_target(fn, args, options)
     prepared = _check_options(name, options)
+    target: Callable[..., object] | bytes = fn
     if _TRAITS[name]["pickles"]:
-        return _anyfork.spawn(Child, name, _pickled(fn, args, name), (), prepared, -1)
-    return _anyfork.spawn(Child, name, fn, args, prepared, -1)
+        target, args = _pickled(fn, args, name), ()
+    with _boot.loop_remembered():
+        return _anyfork.spawn(Child, name, target, args, prepared, -1)
 
 
 def run(

@@ -141,6 +141,7 @@ settle(PyObject *boot, const struct afk_job *job, struct afk_forking *f,
 {
     forget_collection(f, f->main);
     forget_collection(f, f->ts->interp);
+    call_prelude(boot, reporter, PyObject_CallMethod(boot, "silence_loops", NULL));
     call_prelude(boot, reporter, PyObject_CallMethod(boot, "repair_imports", "k", job->caller));
     if (f->tm != NULL) { /* a twin */
         (void)PyThreadState_Swap(f->tm);

@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 import warnings
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from attack_common import (
@@ -331,6 +332,43 @@ def check_from_inside_trio(place: str) -> None:
                 with trio.fail_after(LIMIT):
                     await trio.lowlevel.wait_readable(child.pidfd)
                 same(child.result(0), [0, "default"])
+
+    trio.run(main)
+
+
+def unraisable() -> list[str]:
+    """What the garbage collector has to say of what the owner left."""
+    seen: list[str] = []
+    sys.unraisablehook = lambda raised: seen.append(repr(raised.exc_value))
+    gc.collect()
+    return seen
+
+
+@places("main")
+def check_async_generators_of_the_owner(place: str) -> None:
+    """Their finalizers belong to the owner's trio loop, whose socket is not the worker's."""
+    try:
+        import trio
+    except ImportError:
+        print("skipped: no trio")
+        return
+
+    async def numbers() -> AsyncGenerator[int]:
+        yield 1
+
+    async def main() -> None:
+        for method in available():
+            begun = numbers()
+            await begun.__anext__()
+            cycle: list[object] = [begun]
+            cycle.append(cycle)
+            gc.disable()  # garbage that the worker is the first to find
+            try:
+                del begun, cycle
+                same(anyfork.run(unraisable, method=method), [])
+            finally:
+                gc.enable()
+                gc.collect()
 
     trio.run(main)
 

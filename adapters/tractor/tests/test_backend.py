@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -97,6 +98,40 @@ async def start_another(method: str, depth: int) -> int:
             n += await portal.run(start_another, method=method, depth=depth - 1)
         await portal.cancel_actor()
         return n
+
+
+async def unraisable() -> list[str]:
+    """What the garbage collector has to say of the parent's objects."""
+    seen: list[str] = []
+    sys.unraisablehook = lambda raised: seen.append(repr(raised.exc_value))
+    gc.collect()
+    return seen
+
+
+@pytest.mark.parametrize("method", IN_MAIN)
+def test_the_parents_async_generators(method: str, port: int) -> None:
+    """Their finalizers belong to the parent's loop, whose socket is not the child's."""
+
+    async def numbers():  # type: ignore[no-untyped-def]
+        yield 1
+
+    async def main() -> list[str]:
+        async with nursery(method, port) as an:
+            begun = numbers()
+            await begun.__anext__()
+            cycle = [begun]
+            cycle.append(cycle)  # type: ignore[arg-type]
+            gc.disable()  # garbage that the child is the first to find
+            try:
+                del begun, cycle
+                portal = await an.start_actor("kid", enable_modules=[__name__])
+            finally:
+                gc.enable()
+            found = await portal.run(unraisable)
+            await an.cancel()
+            return found
+
+    assert run(partial(main)) == []
 
 
 @pytest.mark.parametrize("method", STARTED)
