@@ -20,7 +20,8 @@ Descriptor = int | IO[Any]
 _NULL, _PIPE, _FD, _FILE, _STDOUT = range(1, 6)
 # subprocess.PIPE, STDOUT and DEVNULL; without its import, which would be half the time
 # that it takes to import this package.
-_SPECIAL = {-1: _PIPE, -2: _STDOUT, -3: _NULL}
+PIPE = -1
+_SPECIAL = {PIPE: _PIPE, -2: _STDOUT, -3: _NULL}
 _SESSION_NEW, _SESSION_GROUP = 1, 2
 _POLICIES = ("default", "close", "tombstone", "inherit")
 _SIGINT = ("owner", "own", "group")

@@ -7,7 +7,6 @@ import io
 import os
 import pickle
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any, Unpack
@@ -246,7 +245,7 @@ def run(
     if "argv" in options:
         raise TypeError("argv: run() calls a target; a program is started by spawn(argv=...)")
     for name in ("stdin", "stdout", "stderr"):
-        if options.get(name) == subprocess.PIPE and type(options.get(name)) is int:
+        if options.get(name) == _options.PIPE and type(options.get(name)) is int:
             raise ValueError(f"{name}: nobody would have the other end of the pipe: use spawn()")
     with spawn(fn, *args, method=method, **options) as child:
         return child.result()
