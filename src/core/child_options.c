@@ -32,6 +32,10 @@
 #define SYS_close_range 436
 #endif
 
+#ifndef CLOSE_RANGE_CLOEXEC
+#define CLOSE_RANGE_CLOEXEC (1u << 2) /* linux/close_range.h */
+#endif
+
 #define FD_FOLDER "/proc/self/fd"
 #define TASK_FOLDER "/proc/self/task"
 #define FDS_WITHOUT_PROC 65536 /* how far is looked where there is no /proc */
@@ -191,17 +195,28 @@ close_one(int fd, int *placeholder)
     (void)close(fd);
 }
 
-/* Closes all but what is kept: the gaps in one system call each. */
+/* From `from` to before `kept`. False: Linux 5.8 and older. */
+static bool
+close_gap(int from, int kept, bool executes)
+{
+    unsigned last = kept == INT_MAX ? UINT_MAX : (unsigned)kept - 1;
+    /* Whoever shares our memory waits until execve(2) has let go of it, which then closes
+     * what is marked beside the owner; so many descriptors that would take a millisecond. */
+    if (executes && syscall(SYS_close_range, (unsigned)from, last, CLOSE_RANGE_CLOEXEC) == 0)
+        return true;
+    return syscall(SYS_close_range, (unsigned)from, last, 0) == 0; /* Linux 5.11 and older */
+}
+
+/* Closes all but what is kept, or marks it to be closed by execve(2): the gaps in one system
+ * call each. */
 static void
 close_inherited(struct afk_plan *plan)
 {
     int from = 3;
     for (;;) {
         int kept = next_kept(plan, from);
-        if (kept > from &&
-            syscall(SYS_close_range, (unsigned)from, kept == INT_MAX ? UINT_MAX : (unsigned)kept - 1,
-                    0) < 0) {
-            for_each_inherited(plan, close_one); /* Linux 5.8 and older */
+        if (kept > from && !close_gap(from, kept, plan->setup->argv != NULL)) {
+            for_each_inherited(plan, close_one);
             return;
         }
         if (kept == INT_MAX)
