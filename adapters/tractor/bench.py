@@ -76,10 +76,9 @@ def program(method: str) -> None:
     print(json.dumps(trio.run(main)))
 
 
-def one(name: str, method: str, checkout: Path) -> dict[str, float] | None:
+def one(name: str, method: str, python: list[object]) -> dict[str, float] | None:
     done = run(
-        name, "env", python_path(name, checkout), "PYTHONWARNINGS=ignore",
-        venv_of(name, checkout) / "bin/python", Path(__file__).resolve(), "--program", method,
+        name, *python, Path(__file__).resolve(), "--program", method,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         timeout=RUN_SECONDS,
     )  # fmt: skip
@@ -107,12 +106,16 @@ def main() -> int:
     if options.checkout is None or not (options.checkout / "tractor/spawn/_spawn.py").exists():
         parser.error(f"{options.checkout} is no checkout of tractor")
     checkout = options.checkout.resolve()
+    python = [
+        "env", python_path(options.python, checkout), "PYTHONWARNINGS=ignore",
+        venv_of(options.python, checkout) / "bin/python",
+    ]  # fmt: skip
     methods = [DEFAULT, *(m for m in options.methods if m != DEFAULT)]
     rounds: list[dict[str, dict[str, float]]] = []
     for n in range(options.rounds):
         figures = {}
         for method in random.sample(methods, len(methods)):
-            found = one(options.python, method, checkout)
+            found = one(options.python, method, python)
             if found is not None:
                 figures[method] = found
                 text = ", ".join(f"{key} {found[key] * 1e3:.1f} ms" for key in FIGURES)

@@ -126,8 +126,8 @@ def one_round(
     results = {}
     for case in ElementTree.parse(xml).iter("testcase"):
         test = f"{case.get('classname', '').rpartition('.')[2]}::{case.get('name')}"
-        for name in (*METHODS, FORKS_RUN_AS):  # one name for one test, whatever the method
-            test = test.replace(f"[start_method={name}-", "[").replace(f"[start_method={name}]", "")
+        key = backend[1]  # one name for one test, whatever the method
+        test = test.replace(f"[start_method={key}-", "[").replace(f"[start_method={key}]", "")
         skipped = case.find("skipped")
         if case.find("failure") is not None or case.find("error") is not None:
             results[test] = "failed"

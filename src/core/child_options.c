@@ -204,7 +204,7 @@ close_gap(int from, int kept, bool executes)
      * what is marked beside the owner; so many descriptors that would take a millisecond. */
     if (executes && syscall(SYS_close_range, (unsigned)from, last, CLOSE_RANGE_CLOEXEC) == 0)
         return true;
-    return syscall(SYS_close_range, (unsigned)from, last, 0) == 0; /* Linux 5.11 and older */
+    return syscall(SYS_close_range, (unsigned)from, last, 0) == 0; /* a fork; or Linux before 5.11 */
 }
 
 /* Closes all but what is kept, or marks it to be closed by execve(2): the gaps in one system
