@@ -4,7 +4,7 @@
 #   make demo      workers from a sub-interpreter, beside trio and busy threads, at work
 #   make test      the tests on that CPython
 #   make matrix    the tests on every CPython of tools/pythons, and on real hosts
-#                  (HALVES=1: each test on the release or on the debug build of each minor)
+#                  (THIRDS=1: each test on one release and one debug build)
 #   make sanitize  ASan, UBSan, valgrind, TSan      (SHORT=1: a short form)
 #   make soak      100,000 forks per CPython, and starts per method (COUNT=n, NAMES="3.14 3.15")
 #   make bench     against os.fork(), interleaved
@@ -14,7 +14,7 @@ SCALE ?= 1
 COUNT ?= 100000
 NAMES ?=
 EXCEPT ?=
-HALVES ?=
+THIRDS ?=
 SOURCES := $(shell find src include python -type f) meson.build meson.options pyproject.toml
 
 .PHONY: all demo test matrix sanitize soak bench clean
@@ -31,7 +31,7 @@ test: .venv/ready
 	@tools/test --scale $(SCALE)
 
 matrix:
-	@tools/matrix --scale $(SCALE) $(if $(HALVES),--halves) $(if $(EXCEPT),--except $(EXCEPT)) $(NAMES)
+	@tools/matrix --scale $(SCALE) $(if $(THIRDS),--thirds) $(if $(EXCEPT),--except $(EXCEPT)) $(NAMES)
 
 sanitize:
 	@tools/sanitize $(if $(SHORT),--short)
