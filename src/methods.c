@@ -5,6 +5,19 @@
 
 const struct afk_method afk_methods[] = {
     {
+        .name = "zygote",
+        .summary = "a process that a template has made ready; the default",
+        .runs_in = "an interpreter that a template has warmed up",
+        .memory = "the template's: pickled",
+        .may_wait_for = "the first start of a template; a standby, after many starts at once",
+        .target = AFK_TARGET_FRESH,
+        .process = AFK_PROCESS_FROM_TEMPLATE,
+        .pad = AFK_PAD_NONE,
+        .start = afk_start_zygote,
+        .needs_in_main = AFK_FEATURE_NONE,
+        .needs_elsewhere = AFK_FEATURE_NONE,
+    },
+    {
         .name = "exec",
         .summary = "clone and exec: a new program, or an interpreter for a target",
         .runs_in = "a fresh interpreter of a fresh process",

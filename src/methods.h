@@ -14,6 +14,7 @@ enum afk_process {
     AFK_PROCESS_NONE,   /* a thread of this one: no pid, no options, no signals, no lifeline */
     AFK_PROCESS_FORKED,
     AFK_PROCESS_EXECUTED,
+    AFK_PROCESS_FROM_TEMPLATE, /* forked by another process */
 };
 
 struct afk_method;

@@ -38,6 +38,7 @@ extern "C" {
     X(PTY, "pty", "cannot open a pseudo-terminal")                             \
     X(THREAD, "thread", "cannot start a helper thread")                        \
     X(PAD, "pad", "the launch pad does not answer")                            \
+    X(TEMPLATE, "template", "the template cannot start a worker")              \
     X(FORK, "fork", "fork refused by the system")                              \
     X(PIDFD, "pidfd", "cannot open a pidfd")                                   \
     X(HANDSHAKE, "handshake", "cannot release the child")                      \

@@ -13,6 +13,7 @@ from ._install import install, is_installed, uninstall
 from ._methods import Method, methods
 from ._options import Options
 from ._request import run, spawn
+from ._template import Template, warm
 
 __version__ = "0.1.0"
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Options",
     "RemoteError",
     "SpawnError",
+    "Template",
     "WorkerDied",
     "fork",
     "forkpty",
@@ -32,6 +34,7 @@ __all__ = [
     "run",
     "spawn",
     "uninstall",
+    "warm",
 ]
 
 for _name in __all__:

@@ -58,10 +58,42 @@ def spawn[ChildT: Child](
     args: tuple[object, ...],
     options: dict[str, Any] | None,
     report_to: int,
+    template: Template | Literal[True] | None,
     /,
-) -> ChildT:
+) -> ChildT | str:
     """Start a worker; ``target`` is a callable, bytes that _boot.load() understands, or
-    None for a program, whose end of the report socket gets the number ``report_to``."""
+    None for a program, whose end of the report socket gets the number ``report_to``.
+    ``template``: of a method that needs one; True: the program is one, and nobody's child.
+    A str is the reason why the template has to be made again; nothing was started."""
+
+def serve(control: int, owner: int, low: int, high: int, idle: float, /) -> None:
+    """Be a template: until its owner has gone and all workers have ended."""
+
+def stream_is_open(number: int, /) -> bool:
+    """Whether that standard stream is open, and not the number of a descriptor of ours."""
+
+def set_title(title: str, /) -> None:
+    """What ps shows of this process."""
+
+@final
+class Template:
+    """The owner's end of a template; it closes with the object."""
+
+    def fileno(self) -> int:
+        """Readable when the template has said something; -1 in a forked child."""
+
+    def server_end(self) -> int:
+        """The descriptor for the template-to-be; -1 once dropped."""
+
+    def drop_server_end(self) -> None: ...
+    def hello(self) -> bool:
+        """Whether it serves by now. Raises SpawnError."""
+
+    def want(self, n: int, /) -> bool:
+        """Ask for n more standbys at once; False if it is gone."""
+
+    def counts(self) -> tuple[int, int]:
+        """Starts, and how many of them found no standby ready."""
 
 def exec_worker(report_fd: int, target: bytes, /) -> NoReturn:
     """Be the worker of method exec in a fresh interpreter."""

@@ -220,6 +220,23 @@ def prelude(redirected: int, interruptible: bool) -> None:
     _reset_multiprocessing()
 
 
+def begin(streams: int, interruptible: bool) -> None:
+    """In a template's worker, which has had its prelude: what only its start could tell.
+
+    ``streams``: bits 0 to 2, the standard streams that are another file than the template's;
+    bits 3 to 5, those that are closed. ``interruptible``: SIGINT is the worker's own.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if streams & (8 << number):
+            _kept.append((getattr(sys, f"__{name}__", None), getattr(sys, name, None)))
+            setattr(sys, f"__{name}__", None)
+            setattr(sys, name, None)
+        elif streams & (1 << number):
+            _open_stream(number, name)
+    if interruptible:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def _open_stream(number: int, name: str) -> None:
     """A standard stream that is another file than the owner's: what the owner has put
     in its place, a test's capture say, is not the worker's."""
@@ -416,8 +433,11 @@ def load(data: bytes) -> tuple[Callable[..., object], tuple[object, ...]]:
     """Unpickle (fn, args), with the caller's module path behind this one's, and what was
     its ``__main__`` as ours: imported under the name ``__mp_main__``, so that what is
     guarded by ``if __name__ == "__main__"`` does not run."""
-    path, _argv, main, payload = pickle.loads(data)
-    sys.path.extend(entry for entry in path if entry not in sys.path)
+    path, argv, main, payload = pickle.loads(data)
+    if path is not None:
+        sys.path.extend(entry for entry in path if entry not in sys.path)
+    if argv is not None:
+        sys.argv = argv
     if main is not None:
         from multiprocessing import spawn
 
@@ -433,13 +453,39 @@ def load(data: bytes) -> tuple[Callable[..., object], tuple[object, ...]]:
     return fn, args
 
 
+def dumps(value: object) -> bytes:
+    """What goes back to the owner. What came by value goes back so."""
+    try:
+        return pickle.dumps(value, protocol=5)
+    except Exception:
+        cloudpickle: Any = sys.modules.get("cloudpickle")
+        if cloudpickle is None:
+            raise
+        try:
+            data: bytes = cloudpickle.dumps(value, protocol=5)
+        except Exception:
+            data = b""
+        if not data:
+            raise
+        return data
+
+
+def rehearse() -> None:
+    """The way of a start, before there is one: what it touches is this process's own then."""
+    run(load(pickle.dumps((None, None, None, pickle.dumps((_nothing, ()), protocol=5)))))
+
+
+def _nothing() -> None:
+    pass
+
+
 def run(call: tuple[Callable[..., object], tuple[object, ...]]) -> tuple[int, int, bytes]:
     """Call the target: (report kind or 0, exit code, payload)."""
     fn, args = call
     try:
         result = fn(*args)
         try:
-            return RESULT, 0, pickle.dumps(result, protocol=5)
+            return RESULT, 0, dumps(result)
         except Exception as exc:
             kind = type(result)
             if isinstance(result, Coroutine):
@@ -481,7 +527,7 @@ def describe(exc: BaseException) -> bytes:
         shown = f"(no text: {type(failure).__name__})"
     pickled: bytes | None
     try:
-        pickled = pickle.dumps(exc, protocol=5)
+        pickled = dumps(exc)
         pickle.loads(pickled)
     except BaseException:
         pickled = None

@@ -11,7 +11,10 @@ import os
 import resource
 import signal
 from collections.abc import Callable, Iterable, Mapping
-from typing import IO, Any, Literal, TypedDict
+from typing import IO, TYPE_CHECKING, Any, Literal, TypedDict
+
+if TYPE_CHECKING:
+    from ._template import Template
 
 Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 Descriptor = int | IO[Any]
@@ -64,6 +67,7 @@ class Options(TypedDict, total=False):
     guard: also hold the worker by a small process that ends it where the kernel does not:
       a worker that changes its user itself, an owner whose descriptors foreign processes
       have. Where the scope is a cgroup it is on.
+    template: the :class:`anyfork.Template` that makes the worker; with ``zygote`` only.
     """
 
     executable: Path
@@ -94,6 +98,7 @@ class Options(TypedDict, total=False):
     lifeline: bool | int
     scope: Literal["worker", "group", "cgroup"]
     guard: bool
+    template: Template
 
 
 def _int(name: str, value: object) -> int:

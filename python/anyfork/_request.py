@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import functools
-import io
-import os
-import pickle
-import signal
-import sys
 from collections.abc import Callable, Iterable
 from typing import Any, Unpack
 
-from . import _anyfork, _boot, _exec, _options
+from . import _anyfork, _boot, _exec, _options, _pickling, _template
 from ._child import Child
 from ._options import Options, Path
 
 # The table is fixed when the library is built, and an interpreter stays what it is.
 _TRAITS = {row["name"]: row for row in _anyfork.method_traits()}
 _NAMES = tuple(_TRAITS)
+DEFAULT = _template.METHOD
 # inspect.CO_COROUTINE, CO_ASYNC_GENERATOR
 _CO_COROUTINE, _CO_ASYNC_GENERATOR = 0x80, 0x200
 
@@ -51,7 +47,7 @@ def _check(fn: object, method: object) -> str:
             "spawn(trio.run, fn, ...) or a function that calls asyncio.run(fn(...))"
         )
     if method is None:
-        raise TypeError(f"method is required: one of {', '.join(_NAMES)}")
+        return DEFAULT
     if not isinstance(method, str):
         raise TypeError(f"method must be a str, not {type(method).__name__}")
     if method not in _NAMES:
@@ -59,66 +55,17 @@ def _check(fn: object, method: object) -> str:
     return method
 
 
-class _Pickler(pickle.Pickler):
-    """Notices whether something is to be found in the program itself."""
-
-    names_main = False
-
-    def reducer_override(self, obj: Any) -> Any:
-        # In a fresh worker the program is __mp_main__.
-        if getattr(obj, "__module__", None) in ("__main__", "__mp_main__"):
-            self.names_main = True
-        return NotImplemented
-
-
-def _pickled(fn: Callable[..., object], args: tuple[object, ...], method: str) -> bytes:
-    buffer = io.BytesIO()
-    pickler = _Pickler(buffer, protocol=5)
-    try:
-        pickler.dump((fn, args))
-    except Exception as exc:
-        raise TypeError(
-            f"{method}: the target runs in another interpreter, so it and its arguments must be "
-            f"picklable: {type(exc).__name__}: {exc}. Or use method='fork'"
-        ) from exc
-    main = None
-    if _TRAITS[method]["target"] == "fresh" and pickler.names_main:
-        main = _main_program(method)
-    return pickle.dumps((_search_path(), sys.argv, main, buffer.getvalue()), protocol=5)
-
-
-def _search_path() -> list[str]:
-    """sys.path, which must not follow the worker's own working directory."""
-    try:
-        here = os.getcwd()
-    except OSError:  # it was removed
-        return [p for p in sys.path if isinstance(p, str)]
-    return [os.path.join(here, p) if p else here for p in sys.path if isinstance(p, str)]
-
-
-# CPython takes it away once the program's own code has run, but threads may go on.
-_MAIN_FILE = getattr(sys.modules.get("__main__"), "__file__", None)
-
-
-def _main_program(method: str) -> tuple[str, str]:
-    """How a fresh interpreter finds what is defined in ``__main__``: ("name", module) or
-    ("path", file), as multiprocessing's spawn method does."""
-    module: Any = sys.modules["__main__"]
-    name = getattr(getattr(module, "__spec__", None), "name", None)
-    if name is not None:
-        if name == "__main__" or name.endswith(".__main__"):
-            raise TypeError(
-                f"{method}: the target is defined in {name}, which cannot be imported a second "
-                "time: put it in a module of its own, or use method='fork'"
-            )
-        return "name", name
-    path = getattr(module, "__file__", None) or _MAIN_FILE
-    if path is None or not os.path.exists(path):
-        raise TypeError(
-            f"{method}: the target is defined in an interactive __main__, which a fresh "
-            "interpreter cannot import: put it in a module, or use method='fork'"
-        )
-    return "path", os.path.abspath(path)
+def _check_template(method: str, options: Options) -> _template.Template | None:
+    template: object = options.pop("template", None)
+    if method != _template.METHOD:
+        if template is not None:
+            raise ValueError(f"{method}: template: only method {_template.METHOD!r} has one")
+        return None
+    if template is None:
+        return _template.default()
+    if not isinstance(template, _template.Template):
+        raise TypeError(f"template: a Template is wanted, not {type(template).__name__}")
+    return template
 
 
 def _check_options(method: str, options: Options) -> dict[str, Any] | None:
@@ -135,50 +82,6 @@ def _check_options(method: str, options: Options) -> dict[str, Any] | None:
     return prepared
 
 
-def _exec_options(options: Options) -> dict[str, Any]:
-    prepared = _options.prepare("exec", options)
-    # As subprocess does: a program should not find ignored what Python ignores.
-    asked = prepared.get("ignored_signals", ())
-    ours = [sig for sig in (signal.SIGPIPE, signal.SIGXFSZ) if sig not in asked]
-    prepared.setdefault("default_signals", ours)
-    return prepared
-
-
-def _exec_target(fn: Callable[..., object], args: tuple[object, ...], options: Options) -> Child:
-    prepared = _exec_options(options)
-    executable = os.fsdecode(prepared.get("program") or _exec.interpreter())
-    name = prepared.pop("name", b"")  # an interpreter finds its files by argv[0]
-    fd = _exec.target_file(_pickled(fn, args, "exec"))
-    try:
-        taken = [there for _here, there in prepared.get("fds", ())]
-        report_to = max([2, *taken]) + 1
-        prepared["fds"] = [*prepared.get("fds", ()), (fd, report_to + 1)]
-        prepared["argv"] = _exec.argv(executable, report_to, report_to + 1, name)
-        prepared["program"] = os.fsencode(executable)
-        _audit(prepared, options)
-        child = _anyfork.spawn(Child, "exec", None, (), prepared, report_to)
-    finally:
-        os.close(fd)
-    return child
-
-
-def _exec_program(argv: Iterable[Path], options: Options) -> Child:
-    prepared = _exec_options(options)
-    if isinstance(argv, str | bytes) or not isinstance(argv, Iterable):
-        raise TypeError(f"argv: a sequence of words is wanted, not {type(argv).__name__}")
-    prepared["argv"] = [_options.as_bytes("argv", word) for word in argv]
-    _audit(prepared, options)
-    child = _anyfork.spawn(Child, "exec", None, (), prepared, -1)
-    child.__dict__["_program"] = True
-    return child
-
-
-def _audit(prepared: dict[str, Any], options: Options) -> None:
-    argv = prepared["argv"]
-    program = prepared.get("program") or (argv[0] if argv else b"")
-    sys.audit("subprocess.Popen", program, argv, options.get("cwd"), options.get("env"))
-
-
 def spawn(
     fn: Callable[..., object] | None = None,
     /,
@@ -193,7 +96,7 @@ def spawn(
       fn: any callable for methods that run in the caller's memory; picklable
         where the target changes interpreter, as :func:`anyfork.methods` says.
       args: its arguments.
-      method: a name of :func:`anyfork.methods`; required for a callable.
+      method: a name of :func:`anyfork.methods`; for a callable ``zygote`` unless it is given.
       argv: instead of ``fn``, the words of a command. Method ``exec``.
       options: the state of the worker: see :class:`anyfork.Options`.
 
@@ -214,19 +117,26 @@ def spawn(
     if argv is not None:
         if fn is not None:
             raise TypeError("argv: a worker has a target or a program, not both")
+        _check_template("exec", options)
         if method not in (None, "exec"):
             raise ValueError(f"{method}: argv: only method 'exec' starts programs")
-        return _exec_program(argv, options)
+        return _exec.start_program(argv, options)
     name = _check(fn, method)
     assert fn is not None
+    template = _check_template(name, options)
     if name == "exec":
-        return _exec_target(fn, args, options)
+        return _exec.start_target(fn, args, options)
     prepared = _check_options(name, options)
+    if template is not None:
+        return template.start(fn, args, prepared)
     target: Callable[..., object] | bytes = fn
     if _TRAITS[name]["pickles"]:
-        target, args = _pickled(fn, args, name), ()
+        fresh = _TRAITS[name]["target"] == "fresh"
+        target, args = _pickling.pickled((fn, args), name, fresh), ()
     with _boot.loop_remembered():
-        return _anyfork.spawn(Child, name, target, args, prepared, -1)
+        child = _anyfork.spawn(Child, name, target, args, prepared, -1, None)
+    assert not isinstance(child, str)
+    return child
 
 
 def run(

@@ -105,8 +105,8 @@ reset_listed(struct afk_plan *plan)
 /* The worker's end of the lifeline: the kernel kills us when the last write end
  * closes, whatever we are doing then. No thread, no polling, and unlike
  * PR_SET_PDEATHSIG not bound to the thread that forked, prctl(2). */
-static void
-arm_lifeline(const struct afk_plan *plan)
+void
+afk_child_arm_lifeline(const struct afk_plan *plan)
 {
     if (plan->guard_fd >= 0) {
         afk_child_tell_guard(plan);
@@ -159,8 +159,8 @@ afk_child_repair(struct afk_plan *plan)
     if (plan->setup != NULL)
         afk_child_join_session(plan); /* first: a whole group may hang on the lifeline */
     if (plan->life_fd >= 0)
-        arm_lifeline(plan);
-    if (plan->status_fd >= 0 && plan->failure == NULL)
+        afk_child_arm_lifeline(plan);
+    if (plan->status_fd >= 0 && plan->failure == NULL && !plan->owner_holds_us)
         await_owner(plan);
     if (plan->tty_fd >= 0)
         take_terminal(plan);

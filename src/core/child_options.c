@@ -443,22 +443,36 @@ stat_field(const char *text, unsigned index)
     return value;
 }
 
-/* The command line that ps(1) shows is the memory of the program's arguments. */
-static void
-set_name(const char *name)
+/* The command line that ps(1) shows is the memory of the program's arguments. Where that is
+ * stays the same over a fork: looked up once. */
+static bool
+find_arguments(char **ret_start, char **ret_end)
 {
+    static char *start, *end;
     char text[1024];
+    if (start == NULL) {
+        int fd = open("/proc/self/stat", O_RDONLY | O_CLOEXEC);
+        if (fd < 0)
+            return false; /* no /proc, so nobody sees it either */
+        ssize_t n = read(fd, text, sizeof text - 1);
+        (void)close(fd);
+        if (n <= 0)
+            return false;
+        text[n] = '\0';
+        end = (char *)stat_field(text, 49);
+        start = (char *)stat_field(text, 48);
+    }
+    *ret_start = start;
+    *ret_end = end;
+    return start != NULL && end > start;
+}
+
+void
+afk_child_set_name(const char *name)
+{
+    char *start, *end;
     (void)prctl(PR_SET_NAME, name);
-    int fd = open("/proc/self/stat", O_RDONLY | O_CLOEXEC);
-    if (fd < 0)
-        return; /* no /proc, so nobody sees it either */
-    ssize_t n = read(fd, text, sizeof text - 1);
-    (void)close(fd);
-    if (n <= 0)
-        return;
-    text[n] = '\0';
-    char *start = (char *)stat_field(text, 48), *end = (char *)stat_field(text, 49);
-    if (start == NULL || end <= start)
+    if (!find_arguments(&start, &end))
         return;
     while (*name != '\0' && start + 1 < end)
         *start++ = *name++;
@@ -484,7 +498,7 @@ afk_child_apply(const struct afk_plan *plan)
         give_up(plan, "cwd");
     set_ids(plan);
     if (setup->name != NULL)
-        set_name(setup->name);
+        afk_child_set_name(setup->name);
 }
 
 /* As execvp(3), but for scripts without an interpreter. */

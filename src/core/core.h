@@ -69,6 +69,7 @@ void afk_os_unmap_stack(void *base, size_t size);
 ssize_t afk_os_read(int fd, void *buf, size_t size);
 int afk_os_write_all(int fd, const void *buf, size_t size);
 int afk_os_send(int fd, const void *message, size_t size);
+int afk_os_unread(int fd);         /* bytes that are there to be read */
 int afk_os_unread_by_peer(int fd); /* bytes in flight of a socket, unix(7) */
 bool afk_os_hung_up(int fd); /* the other end of a socket is gone */
 void afk_os_close(int fd);
@@ -87,6 +88,7 @@ enum afk_report_kind {
     AFK_REPORT_RESULT = 3,  /* payload: the pickled result */
     AFK_REPORT_RAISED = 4,  /* payload: the pickled exception of the target */
     AFK_REPORT_EXIT = 5,    /* value: exit code */
+    AFK_REPORT_STATUS = 6,  /* value: wait status, from the template that reaped it */
     AFK_REPORT_COUNT
 };
 #define AFK_REPORT_MAGIC 0x314b4641u /* "AFK1" */
@@ -133,6 +135,7 @@ void afk_lifeline_end(bool begun);
 /* The calling thread's next fork is the start of the worker that these are for: it keeps
  * them. n = 0: none, as before. */
 void afk_lifeline_spare(const int *fds, unsigned n);
+bool afk_lifeline_holds(int fd);
 /* It is somebody else's from here on. */
 void afk_lifeline_forget(int fd);
 /* Forgets and closes fd, in the order that no fork can race. */
@@ -185,6 +188,7 @@ struct afk_setup {
     /* exec only */
     const char *const *argv;
     const char *program;
+    bool orphan;         /* nobody's child: no host meets it when it waits for its own */
     char **argv_named;   /* argv with `name` first */
     char **environ_copy; /* of the pointers; strings of the environment are never freed */
     char **candidates;   /* paths to try in turn, ends with NULL */
@@ -202,7 +206,7 @@ struct afk_child_wants {
     bool guard;
 };
 
-enum afk_setup_for { AFK_SETUP_EXEC, AFK_SETUP_FORK };
+enum afk_setup_for { AFK_SETUP_EXEC, AFK_SETUP_FORK, AFK_SETUP_TEMPLATE };
 /* Checks `options` (NULL: the defaults) and opens what they name. Returns 0; or a
  * negative code with reterr filled, and nothing left open. */
 int afk_setup_prepare(struct afk_setup *setup, const struct anyfork_options *options,
@@ -247,7 +251,8 @@ struct afk_plan {
     const int *keep;      /* beside the setup's: these stay open under their numbers */
     unsigned n_keep;
     struct anyfork_error *failure; /* where a child that shares our memory says why it ended */
-    bool owner_holds_us;  /* in the child: the owner has a pidfd of us */
+    bool began;           /* written by a child that shares our memory: it runs */
+    bool owner_holds_us;  /* in the child: nobody frees our number before the owner knows it */
     sigset_t caller_mask; /* filled by afk_fork() */
     sigset_t was_reset;   /* filled in the child: signals that were reset to SIG_DFL */
 };
@@ -259,6 +264,7 @@ int afk_plan_store(struct afk_plan *plan, void *addr, void *value);
  * is returned. A negative errno means that there is no child. */
 pid_t afk_fork(struct afk_plan *plan);
 void afk_child_repair(struct afk_plan *plan);
+void afk_child_arm_lifeline(const struct afk_plan *plan);
 /* The rule for workers; adds what it reset. */
 void afk_child_default_dispositions(sigset_t *ret_reset);
 _Noreturn void afk_child_give_up(const struct afk_plan *plan, int stage, int errnum,
@@ -276,6 +282,8 @@ void afk_child_place_fds(struct afk_plan *plan);
 void afk_child_set_signals(const struct afk_plan *plan);
 /* What a fork's handlers must not be in the way of, nor be hindered by: umask to name. */
 void afk_child_apply(const struct afk_plan *plan);
+/* What ps(1) shows of this process. */
+void afk_child_set_name(const char *name);
 _Noreturn void afk_child_exec(const struct afk_plan *plan);
 
 /* ---- process.c ------------------------------------------------------------ */
@@ -301,6 +309,13 @@ unsigned afk_children_held(void); /* handles that are not closed, of this proces
 /* A call under way in another thread keeps the handle alive over a close. */
 void afk_child_ref(struct anyfork_child *child);
 void afk_child_unref(struct anyfork_child *child);
+/* The handle of a standby that a template has offered: all that is in `fds` (see zygote.h), and in the
+ * table above, is its own from here on, or closed. */
+int afk_child_new_offered(struct anyfork_child **ret_child, pid_t pid, const int *fds,
+                          struct anyfork_error *reterr);
+/* The guard's socket for it, and the token: as afk_child_new() puts them in the plan. */
+int afk_child_guard(struct anyfork_child *child, int *ret_fd, uint64_t *ret_token,
+                    struct anyfork_error *reterr);
 /* Drains reports and reaps, without blocking. Returns 1 once the child ended. */
 int afk_child_poll(struct anyfork_child *child);
 /* Waits until `until` holds or the child ended: 0; or ANYFORK_ETIMEDOUT,
@@ -312,7 +327,7 @@ int afk_child_wait_step(struct anyfork_child *child, enum afk_until until,
 enum afk_status_from {
     AFK_STATUS_UNKNOWN,     /* still running */
     AFK_STATUS_FROM_REPORT, /* EXIT record */
-    AFK_STATUS_FROM_WAIT,
+    AFK_STATUS_FROM_WAIT,   /* the owner's, or the template's */
     AFK_STATUS_FROM_INFO,   /* PIDFD_GET_INFO */
     AFK_STATUS_LOST,        /* reaped by the host */
 };
@@ -348,6 +363,106 @@ void afk_guard_drop(uint64_t token);
 /* The calling thread is starting it: nothing may be reaped meanwhile, for that may want
  * to tell the guard. */
 bool afk_guard_is_starting(void);
+
+/* ---- identity.c: what a template must have in common with its owner ----------- */
+
+/* Where one of these differs, a worker could do what its owner cannot. Each is a hash, or
+ * a number of the kernel's. */
+struct afk_identity {
+    uint64_t privileges; /* ids, groups, capabilities, no_new_privs, seccomp */
+    uint64_t namespaces;
+    uint64_t root;
+    uint64_t cgroup;
+    uint64_t session;
+};
+
+#define AFK_LIMITS_MAX 16
+#define AFK_CPUS_WORDS 16
+
+/* What a worker is told where it differs: as the owner has it. */
+struct afk_surroundings {
+    uint64_t cwd_device, cwd_inode;
+    uint64_t ignored; /* signals, bit 0: SIGHUP */
+    uint64_t environment; /* a hash */
+    struct { uint64_t soft, hard; } limit[AFK_LIMITS_MAX];
+    unsigned long cpus[AFK_CPUS_WORDS]; /* all zero: more CPUs than these have bits */
+    int64_t process_group;
+    int32_t umask, nice, oom_score_adj, reserved;
+};
+
+/* Files of /proc that are read for each start, of the process that opened them. */
+struct afk_proc_files {
+    int status, ns, cgroup, oom_score_adj;
+};
+/* 0 or a negative errno, then none is open. */
+int afk_proc_files_open(struct afk_proc_files *ret);
+void afk_proc_files_close(struct afk_proc_files *files);
+/* Of the calling thread. 0 or a negative errno. */
+int afk_identity_read(const struct afk_proc_files *files, struct afk_identity *ret_identity,
+                      struct afk_surroundings *ret_around);
+/* NULL if they are the same; else what differs, a static string. */
+const char *afk_identity_difference(const struct afk_identity *a, const struct afk_identity *b);
+
+/* ---- zygote.c: a template's owner, the template's server, its standbys ---------- */
+
+/* A template, as its owner holds it. Of the process that made it: in a forked child every
+ * call finds it gone. Any thread. */
+struct afk_template;
+/* *ret_server_end goes to the template-to-be, and is closed by the caller. */
+int afk_template_new(struct afk_template **ret_template, int *ret_server_end,
+                     struct anyfork_error *reterr);
+void afk_template_free(struct afk_template *template);
+int afk_template_fd(const struct afk_template *template); /* readable: it has said something */
+/* Reads its HELLO. 1; 0: not yet; or a negative errno: it is gone, or of another version. */
+int afk_template_hello(struct afk_template *template);
+struct afk_template_counts {
+    uint64_t starts, misses; /* of them without a standby that was ready */
+};
+void afk_template_counts(const struct afk_template *template, struct afk_template_counts *ret);
+void afk_template_missed(struct afk_template *template);
+/* Starts a worker with a standby that is ready. 0; -EAGAIN: there is none; -ESTALE, with
+ * *ret_why: the template has ended or must not serve its owner any more; or a code with
+ * reterr filled. `setup` of AFK_SETUP_TEMPLATE; `pickle`: what _boot.load() understands. */
+int afk_template_start(struct afk_template *template, const struct afk_setup *setup,
+                       const char *pickle, size_t size, struct anyfork_child **ret_child,
+                       const char **ret_why, struct anyfork_error *reterr);
+#define AFK_STALE (-6000) /* a start's code: the template has to be made again, and detail says why */
+/* Asks for `n` standbys, at once. 0 or -ESTALE. */
+int afk_template_want(struct afk_template *template, unsigned n);
+/* Blocks until there may be a standby. 0, -EINTR, -ETIMEDOUT. */
+int afk_template_wait(struct afk_template *template, int64_t timeout_ns);
+
+struct afk_server_options {
+    int control;
+    pid_t owner;
+    unsigned low, high; /* standbys: kept when idle, kept when busy */
+    int64_t idle_ns;    /* without a start, before only `low` are kept */
+};
+/* What a new standby has, in the process that the callback forked. */
+struct afk_standby {
+    int report_fd, life_fd;
+    int taken_fd; /* its pid goes there when it has begun its start */
+};
+/* fork(2) into a standby: its pid, or a negative errno; in the child it never returns. */
+typedef pid_t (*afk_fork_standby)(void *arg, const struct afk_standby *standby);
+/* `wait`: poll(2) as the caller wants it to be done. Serves until the owner has closed its
+ * end, or has died, and all workers have ended. 0 or a negative errno. */
+int afk_server_run(const struct afk_server_options *options, afk_fork_standby fork_standby,
+                   int (*wait)(void *fds, unsigned n, int timeout_ms), void *arg);
+
+/* One start, as the standby received it. */
+struct afk_start {
+    struct afk_setup setup;
+    char *body; /* what setup points into, and the pickle */
+    const char *pickle;
+    size_t pickle_size;
+    bool has_stream[3]; /* else it is closed */
+    int cwd_fd, guard_fd;
+    uint64_t guard_token;
+};
+/* Blocks. 1; 0: the owner has gone, or has dropped this standby; or a negative errno. Only
+ * from `owner`. */
+int afk_start_receive(int fd, pid_t owner, struct afk_start *ret_start);
 
 /* ---- errors --------------------------------------------------------------- */
 /* Fills *reterr if it is not NULL; returns `code`. */

@@ -8,16 +8,19 @@
 #include "anyfork/anyfork.h"
 
 #include <errno.h>
+#include <poll.h>
 #include <pthread.h>
 #include <sched.h>
 #include <string.h>
 #include <sys/syscall.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #ifndef CLONE_PIDFD
 #define CLONE_PIDFD 0x1000
 #endif
 #define CLONE_INTO_CGROUP_FLAG 0x200000000ull
+#define DEATH_WAIT_MS 200
 #define CHILD_STACK (256 * 1024) /* of which the child touches some pages only */
 
 void
@@ -38,6 +41,7 @@ afk_plan_init(struct afk_plan *plan)
     plan->n_keep = 0;
     plan->failure = NULL;
     plan->owner_holds_us = false;
+    plan->began = false;
 }
 
 int
@@ -77,6 +81,7 @@ static int
 child_main(void *arg)
 {
     struct afk_plan *plan = arg;
+    plan->began = true;
     afk_child_repair(plan);
     afk_child_apply(plan);
     afk_child_exec(plan);
@@ -125,6 +130,64 @@ clone_into_cgroup(struct afk_plan *plan, void *stack, int *ret_pidfd)
 }
 #endif
 
+/* ---- nobody's child --------------------------------------------------------------- */
+
+struct between {
+    struct afk_plan *plan;
+    void *stack; /* of the program-to-be */
+    int *ret_pidfd;
+    pid_t pid;   /* its number, or a negative errno */
+};
+
+static pid_t clone_vm(struct afk_plan *plan, void *stack, int *ret_pidfd);
+
+/* The process between owner and program shares the owner's memory and descriptors, so
+ * that the pidfd is the owner's, and ends at once: the program is then init's child, or
+ * that of the nearest subreaper. */
+static int
+between_main(void *arg)
+{
+    struct between *between = arg;
+    between->pid = clone_vm(between->plan, between->stack, between->ret_pidfd);
+    _exit(0);
+}
+
+/* Without an exit signal the process between is seen by no waitpid(-1) of the host. */
+static pid_t
+clone_orphan(struct afk_plan *plan, void *stack, int *ret_pidfd)
+{
+    struct between between = {plan, stack, ret_pidfd, -EAGAIN};
+    void *own_stack;
+    int r = afk_os_map_stack(CHILD_STACK, &own_stack);
+    if (r < 0)
+        return r;
+    int flags = CLONE_VM | CLONE_VFORK | CLONE_FILES;
+    pid_t pid = clone(between_main, (char *)own_stack + CHILD_STACK, flags, &between);
+    r = pid < 0 ? -errno : 0;
+    while (pid > 0 && waitpid(pid, NULL, __WALL) < 0 && errno == EINTR)
+        ;
+    afk_os_unmap_stack(own_stack, CHILD_STACK);
+    return r < 0 ? r : between.pid;
+}
+
+/* Since 6.14 Linux takes every child that is born into a cgroup on which cgroup.kill was
+ * ever written for one that escaped it: cgroup_css_set_fork() reads the kill_seq of the
+ * parent's cgroup (kargs->cgrp is not set yet), cgroup_post_fork() compares that of the
+ * child's. It is killed before its first instruction. */
+static bool
+was_killed_at_birth(const struct afk_plan *plan, int *pidfd)
+{
+    int status;
+    struct pollfd death = {.fd = *pidfd, .events = POLLIN};
+    /* Where the two memories are not the same, in an emulator of the kernel, it may live. */
+    if (plan->began || poll(&death, 1, DEATH_WAIT_MS) <= 0 ||
+        afk_os_pidfd_reap(*pidfd, false, &status) != 1)
+        return false;
+    afk_os_close(*pidfd);
+    *pidfd = -1;
+    return true;
+}
+
 static pid_t
 clone_vm(struct afk_plan *plan, void *stack, int *ret_pidfd)
 {
@@ -134,6 +197,8 @@ clone_vm(struct afk_plan *plan, void *stack, int *ret_pidfd)
         setup->cgroup_procs = -1; /* nothing left to do for the child */
         pid_t pid = AFK_SYS("clone3", clone_into_cgroup(plan, stack, ret_pidfd));
         setup->cgroup_procs = procs;
+        if (pid > 0 && was_killed_at_birth(plan, ret_pidfd))
+            pid = -ENOSYS; /* it moves there by itself, then */
         /* No such call, or no such member of it; what the cgroup itself refuses is told
          * by the child, which tries to move there. */
         if (pid >= 0 || pid == -EAGAIN || pid == -ENOMEM)
@@ -158,7 +223,8 @@ afk_fork_exec(struct afk_plan *plan, int *ret_pidfd)
     (void)sigfillset(&all);
     (void)pthread_sigmask(SIG_SETMASK, &all, &plan->caller_mask);
     *ret_pidfd = -1;
-    pid_t pid = AFK_SYS("clone", clone_vm(plan, stack, ret_pidfd));
+    pid_t pid = AFK_SYS("clone", plan->setup->orphan ? clone_orphan(plan, stack, ret_pidfd)
+                                                    : clone_vm(plan, stack, ret_pidfd));
     (void)pthread_sigmask(SIG_SETMASK, &plan->caller_mask, NULL);
     afk_os_unmap_stack(stack, CHILD_STACK);
     (void)pthread_setcancelstate(cancel, NULL);

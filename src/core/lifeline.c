@@ -174,6 +174,19 @@ afk_lifeline_register(int fd, bool is_write_end)
     }
 }
 
+bool
+afk_lifeline_holds(int fd)
+{
+    for (struct chunk *c = &first; c != NULL; c = atomic_load(&c->next)) {
+        for (unsigned i = 0; i < SLOTS; i++) {
+            int value = atomic_load(&c->slot[i]);
+            if (value != 0 && FD(value) == fd)
+                return true;
+        }
+    }
+    return false;
+}
+
 void
 afk_lifeline_forget(int fd)
 {

@@ -310,6 +310,8 @@ prepare_fds(struct afk_setup *setup, const struct anyfork_options *o, enum afk_s
     setup->fd_policy = o->fd_policy;
     if (o->fd_policy == ANYFORK_FDS_DEFAULT)
         setup->fd_policy = purpose == AFK_SETUP_EXEC ? ANYFORK_FDS_CLOSE : ANYFORK_FDS_TOMBSTONE;
+    if (setup->fd_policy == ANYFORK_FDS_INHERIT && purpose == AFK_SETUP_TEMPLATE)
+        return INVALID(reterr, "fd_policy: a template's worker inherits none: list them in fds");
     if (setup->fd_policy == ANYFORK_FDS_TOMBSTONE && purpose == AFK_SETUP_EXEC)
         return INVALID(reterr, "fd_policy: tombstones are for workers that fork");
     return 0;
@@ -429,7 +431,8 @@ prepare_program(struct afk_setup *setup, const struct anyfork_options *o,
 /* ---- all of it --------------------------------------------------------------------- */
 
 static void
-take_plain_members(struct afk_setup *setup, const struct anyfork_options *o)
+take_plain_members(struct afk_setup *setup, const struct anyfork_options *o,
+                   enum afk_setup_for purpose)
 {
     setup->session = o->session;
     setup->process_group = o->process_group;
@@ -439,7 +442,8 @@ take_plain_members(struct afk_setup *setup, const struct anyfork_options *o)
     setup->lifeline_group = o->lifeline_scope == ANYFORK_SCOPE_GROUP;
     setup->guarded = o->guard || o->lifeline_scope == ANYFORK_SCOPE_CGROUP ||
                      (o->lifeline_signal != 0 &&
-                      ((o->user >= 0 && !afk_os_is_true_root()) || afk_os_child_would_be_init()));
+                      ((o->user >= 0 && !afk_os_is_true_root()) ||
+                       (purpose != AFK_SETUP_TEMPLATE && afk_os_child_would_be_init())));
     setup->umask = o->umask;
     setup->oom_score_adj = o->oom_score_adj;
     setup->nice = o->nice;
@@ -532,7 +536,7 @@ afk_setup_prepare(struct afk_setup *setup, const struct anyfork_options *options
         wrong = wrong_limit(options);
     if (wrong != NULL)
         return INVALID(reterr, wrong);
-    take_plain_members(setup, options);
+    take_plain_members(setup, options, purpose);
     int r = prepare_signals(setup, options, reterr);
     if (r == 0)
         r = prepare_cpus(setup, options, reterr);

@@ -285,6 +285,13 @@ afk_os_unread_by_peer(int fd)
     return ioctl(fd, TIOCOUTQ, &n) < 0 ? -errno : n; /* SIOCOUTQ, by its older name */
 }
 
+int
+afk_os_unread(int fd)
+{
+    int n = 0;
+    return ioctl(fd, FIONREAD, &n) < 0 ? -errno : n;
+}
+
 bool
 afk_os_hung_up(int fd)
 {

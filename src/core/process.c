@@ -8,6 +8,7 @@
  * taken for an answer.
  */
 #include "core.h"
+#include "zygote.h"
 #include "anyfork/anyfork.h"
 
 #include <errno.h>
@@ -26,6 +27,7 @@
 #define DEATH_WAIT_NS ((int64_t)10 * 1000000000) /* for a child that was killed */
 #define REFUSED_WAIT_NS ((int64_t)200 * 1000000) /* one that the lifeline alone may end */
 
+#define REAPED_WAIT_NS ((int64_t)2 * 1000000000) /* for a template to tell what it reaped */
 #define LOOK_MS 20
 #define REAP_TRIES 3
 #define ARMED_LOOK_US 200
@@ -55,6 +57,10 @@ struct anyfork_child {
     int read_errno;  /* the report pipe failed */
     bool has_exit_report;
     int exit_report;
+    bool of_template; /* which reaps it, and says so */
+    bool has_wait_report;
+    int wait_report;
+    int64_t dead_since; /* 0: not seen to be dead */
     int outcome;
     char *payload;
     size_t payload_size, payload_have;
@@ -328,6 +334,48 @@ fail_told:
     return r;
 }
 
+int
+afk_child_new_offered(struct anyfork_child **ret_child, pid_t pid, const int *fds,
+                      struct anyfork_error *reterr)
+{
+    reap_detached();
+    struct anyfork_child *child = allocate();
+    if (child == NULL) {
+        for (int i = 0; i < AFK_OFFER_FDS; i++)
+            afk_lifeline_close(&(int){fds[i]});
+        return AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_MEMORY, ENOMEM, "worker handle");
+    }
+    child->of_template = true;
+    child->pid = pid;
+    int *const to[AFK_OFFER_FDS] = {&child->status_fd, &child->life_read, &child->life_write,
+                                    &child->pidfd};
+    for (int i = 0; i < AFK_OFFER_FDS; i++)
+        *to[i] = fds[i];
+    bool begun = afk_lifeline_begin();
+    int r = keep_write_end_last(child, child->life_read);
+    afk_lifeline_end(begun);
+    if (r < 0) {
+        afk_child_unref(child);
+        return AFK_FAIL(reterr, ANYFORK_ESYSTEM,
+                        r == -ENOMEM ? ANYFORK_STAGE_MEMORY : ANYFORK_STAGE_PIPE, -r,
+                        "worker handle");
+    }
+    *ret_child = child;
+    return 0;
+}
+
+int
+afk_child_guard(struct anyfork_child *child, int *ret_fd, uint64_t *ret_token,
+                struct anyfork_error *reterr)
+{
+    int r = afk_guard_open(reterr);
+    if (r < 0)
+        return r;
+    *ret_fd = r;
+    *ret_token = child->guard_token = atomic_fetch_add(&last_token, 1) + 1;
+    return 0;
+}
+
 static void
 close_worker_ends(struct afk_plan *plan)
 {
@@ -410,6 +458,10 @@ take_record(struct anyfork_child *child)
     case AFK_REPORT_EXIT:
         child->has_exit_report = true;
         child->exit_report = (r->value & 0xff) << 8;
+        return true;
+    case AFK_REPORT_STATUS:
+        child->has_wait_report = true;
+        child->wait_report = r->value;
         return true;
     default:
         if (child->outcome != 0)
@@ -520,6 +572,42 @@ reap(struct anyfork_child *child, bool block)
     afk_lifeline_close(&child->life_read);
 }
 
+/* Ended, and its status known, or not to be known any more. The lock is held. */
+static void
+end_offered(struct anyfork_child *child)
+{
+    int status = 0;
+    if (child->dead_since == 0)
+        child->dead_since = afk_os_now_ns();
+    drain(child);
+    if (child->has_exit_report) {
+        status = child->exit_report;
+        child->status_from = AFK_STATUS_FROM_REPORT;
+    }
+    else if (child->has_wait_report) {
+        status = child->wait_report;
+        child->status_from = AFK_STATUS_FROM_WAIT;
+    }
+    /* Ours only if its template has gone, and orphans come to us. */
+    else if (afk_os_pidfd_reap(child->pidfd, false, &status) == 1) {
+        child->status_from = AFK_STATUS_FROM_WAIT;
+    }
+    else if (afk_os_pidfd_exit_info(child->pidfd, &status) == 0) {
+        child->status_from = AFK_STATUS_FROM_INFO;
+    }
+    else if (child->no_more_reports || afk_os_now_ns() - child->dead_since > REAPED_WAIT_NS) {
+        child->status_from = AFK_STATUS_LOST;
+    }
+    else {
+        return; /* its template is about to tell */
+    }
+    child->status = status;
+    child->ended = child->reaped = true;
+    end_of_reports(child);
+    afk_lifeline_close(&child->life_write);
+    afk_lifeline_close(&child->life_read);
+}
+
 /* A thread of this process has ended when it has closed its end of the socket, all
  * that it ever wrote being in ours; or when ours is closed, because of an error. */
 static bool
@@ -556,7 +644,9 @@ afk_child_poll(struct anyfork_child *child)
     drain(child);
     if (child->in_process && !child->ended && hung_up(child))
         end_in_process(child);
-    else if (!child->in_process && !child->ended && dead(child))
+    else if (child->of_template && !child->ended && dead(child))
+        end_offered(child);
+    else if (!child->in_process && !child->of_template && !child->ended && dead(child))
         reap(child, false);
     int r = child->ended;
     (void)pthread_mutex_unlock(&child->lock);
@@ -575,13 +665,14 @@ afk_child_wait_step(struct anyfork_child *child, enum afk_until until, int64_t t
         if (until == AFK_UNTIL_READY && (child->ready || child->error.kind != 0))
             return 0;
         (void)pthread_mutex_lock(&child->lock);
-        struct pollfd fds[2] = {{.fd = child->pidfd, .events = POLLIN},
+        bool awaits_status = child->dead_since != 0;
+        struct pollfd fds[2] = {{.fd = awaits_status ? -1 : child->pidfd, .events = POLLIN},
                                 {.fd = child->no_more_reports ? -1 : child->status_fd,
                                  .events = POLLIN}};
         (void)pthread_mutex_unlock(&child->lock);
         /* A pidfd stays readable, and so does the end of the reports; a READY may be read
          * by another thread that waits, of which nothing would be left to wake this one. */
-        int timeout_ms = until == AFK_UNTIL_READY ? LOOK_MS : -1;
+        int timeout_ms = awaits_status ? 1 : until == AFK_UNTIL_READY ? LOOK_MS : -1;
         if (deadline >= 0) {
             int64_t left = deadline - afk_os_now_ns();
             if (left <= 0)
@@ -783,6 +874,9 @@ let_it_go(struct anyfork_child *child)
     for (int i = 0; i < 3; i++)
         afk_lifeline_close(&child->stdio[i]);
     (void)pthread_mutex_unlock(&child->lock);
+    /* One that is no child of ours is not ours to reap. */
+    if (afk_os_pidfd_reap(child->pidfd, false, &(int){0}) == -ECHILD)
+        return;
     afk_child_ref(child);
     keep_to_reap(child);
 }

@@ -10,8 +10,10 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 static char *package_parent;
@@ -136,13 +138,13 @@ forget_collection(const struct afk_forking *f, PyInterpreterState *interp)
 
 /* What the caller left in this interpreter, and the hooks that were parked. */
 static void
-settle(PyObject *boot, const struct afk_job *job, struct afk_forking *f,
-       const struct afk_reporter *reporter)
+settle_memory(PyObject *boot, unsigned long caller, struct afk_forking *f,
+              const struct afk_reporter *reporter)
 {
     forget_collection(f, f->main);
     forget_collection(f, f->ts->interp);
     call_prelude(boot, reporter, PyObject_CallMethod(boot, "silence_loops", NULL));
-    call_prelude(boot, reporter, PyObject_CallMethod(boot, "repair_imports", "k", job->caller));
+    call_prelude(boot, reporter, PyObject_CallMethod(boot, "repair_imports", "k", caller));
     if (f->tm != NULL) { /* a twin */
         (void)PyThreadState_Swap(f->tm);
         if (f->parked)
@@ -161,7 +163,14 @@ settle(PyObject *boot, const struct afk_job *job, struct afk_forking *f,
     }
     if (f->ts->interp != f->main)
         afk_forbid_os_fork();
+}
+
+static void
+settle(PyObject *boot, const struct afk_job *job, struct afk_forking *f,
+       const struct afk_reporter *reporter)
+{
     const struct afk_setup *setup = f->plan.setup;
+    settle_memory(boot, job->caller, f, reporter);
     call_prelude(boot, reporter, PyObject_CallMethod(boot, "prelude", "iN", redirected(setup),
                                                      PyBool_FromLong(setup->sigint !=
                                                                      ANYFORK_SIGINT_OWNER)));
@@ -269,6 +278,157 @@ afk_boot_run(PyObject *boot, const struct afk_job *job, struct afk_forking *f,
     int code = in_subinterpreter ? afk_subint_host(job, &reporter)
                                  : afk_boot_run_target(boot, job, &reporter);
     /* Its non-daemon threads, its own atexit callbacks, its buffers. */
+    afk_boot_finish(boot);
+    (void)fflush(NULL);
+    afk_reporter_send(&reporter, AFK_REPORT_EXIT, 0, code, NULL, 0);
+    _exit(code & 0xff);
+}
+
+/* ---- a template's standby ------------------------------------------------------- */
+
+static void
+own_descriptors(const struct afk_plan *plan)
+{
+    /* Not for the worker's own forked children. Out of memory: they keep them. */
+    (void)afk_lifeline_register(plan->status_fd, false);
+    if (plan->life_fd >= 0)
+        (void)afk_lifeline_register(plan->life_fd, false);
+}
+
+static void
+raise_own(struct afk_plan *plan, int *fd)
+{
+    if (*fd < 0 || *fd >= plan->setup->lowest)
+        return;
+    int higher = afk_os_dup_above(*fd, plan->setup->lowest);
+    if (higher < 0)
+        afk_child_give_up(plan, ANYFORK_STAGE_OPTION, -higher, "fds");
+    afk_os_close(*fd);
+    *fd = higher;
+}
+
+/* Standard streams that are another file than the template's, bits 0 to 2, now that all
+ * descriptors are in their places; and from bit 3 on those that are closed. */
+static int
+place_descriptors(struct afk_plan *plan, struct afk_start *start)
+{
+    struct stat before[3], after;
+    int bits = 0;
+    for (int i = 0; i < 3; i++)
+        if (fstat(i, &before[i]) < 0)
+            memset(&before[i], 0, sizeof before[i]);
+    afk_child_place_fds(plan);
+    for (unsigned i = 0; i < start->setup.n_moves; i++)
+        afk_os_close(start->setup.move[i].from);
+    for (int i = 0; i < 3; i++) {
+        if (!start->has_stream[i]) {
+            (void)close(i);
+            bits |= 8 << i;
+        }
+        else if (fstat(i, &after) == 0 &&
+                 (after.st_dev != before[i].st_dev || after.st_ino != before[i].st_ino)) {
+            bits |= 1 << i;
+        }
+    }
+    return bits;
+}
+
+static void
+arm_as_asked(struct afk_plan *plan, const struct afk_start *start)
+{
+    if (start->setup.lifeline_signal == 0) {
+        (void)afk_os_stop_async(plan->life_fd);
+        afk_os_close(plan->life_fd);
+        plan->life_fd = -1;
+        return;
+    }
+    plan->guard_fd = start->guard_fd;
+    plan->guard_token = start->guard_token;
+    afk_child_arm_lifeline(plan);
+    plan->guard_fd = -1;
+}
+
+/* All that this start asked for. As afk_child_repair() and settle(), in their order. */
+static void
+begin_start(PyObject *boot, struct afk_plan *plan, struct afk_start *start,
+            struct afk_reporter *reporter)
+{
+    struct afk_setup *setup = &start->setup;
+    plan->setup = setup;
+    plan->n_keep = 0;
+    if (setup->fd_policy == ANYFORK_FDS_TOMBSTONE)
+        setup->fd_policy = ANYFORK_FDS_INHERIT; /* they have been, since it was forked */
+    raise_own(plan, &plan->status_fd);
+    raise_own(plan, &plan->life_fd);
+    if (afk_reporter_init(reporter, plan->status_fd) < 0)
+        _exit(AFK_EXIT_PRELUDE);
+    own_descriptors(plan);
+    afk_child_join_session(plan);
+    arm_as_asked(plan, start);
+    int streams = place_descriptors(plan, start);
+    afk_child_set_signals(plan);
+    if (sigprocmask(SIG_SETMASK, &setup->mask, NULL) < 0)
+        afk_child_give_up(plan, ANYFORK_STAGE_CHILD, errno, "sigprocmask");
+    afk_settle_python_handlers(plan);
+    bool interruptible = setup->sigint != ANYFORK_SIGINT_OWNER;
+    if (streams != 0 || interruptible)
+        call_prelude(boot, reporter, PyObject_CallMethod(boot, "begin", "iN", streams,
+                                                         PyBool_FromLong(interruptible)));
+    if (start->cwd_fd >= 0 && fchdir(start->cwd_fd) < 0)
+        afk_child_give_up(plan, ANYFORK_STAGE_OPTION, errno, "cwd");
+    afk_os_close(start->cwd_fd);
+    afk_child_apply(plan);
+    if (setup->name == NULL)
+        afk_child_set_name("anyfork worker");
+    if (setup->env != NULL)
+        call_prelude(boot, reporter, PyObject_CallMethod(boot, "set_environment", "N",
+                                                         environment(setup->env)));
+}
+
+/* All that can be done before the start is known. */
+static void
+rehearse(PyObject *boot, struct afk_forking *f, const struct afk_reporter *reporter)
+{
+    settle_memory(boot, PyThread_get_thread_ident(), f, reporter);
+    call_prelude(boot, reporter, PyObject_CallMethod(boot, "prelude", "iO", 0, Py_False));
+    call_prelude(boot, reporter, PyObject_CallMethod(boot, "reset_registered", NULL));
+    call_prelude(boot, reporter, PyObject_CallMethod(boot, "rehearse", NULL));
+}
+
+_Noreturn void
+afk_boot_run_standby(PyObject *boot, struct afk_forking *f, const struct afk_standby *standby,
+                     pid_t owner)
+{
+    struct afk_reporter reporter;
+    struct afk_start start;
+    struct afk_job job = {.kind = AFK_JOB_PICKLE};
+    int32_t me = (int32_t)getpid();
+    int r;
+
+    if (afk_reporter_init(&reporter, standby->report_fd) < 0)
+        _exit(AFK_EXIT_PRELUDE);
+    afk_pad_revive();
+    afk_child_set_name("anyfork standby");
+    rehearse(boot, f, &reporter);
+    Py_BEGIN_ALLOW_THREADS /* a fork hook may have started threads */
+    r = afk_start_receive(standby->report_fd, owner, &start);
+    Py_END_ALLOW_THREADS
+    if (r == 0)
+        _exit(0);
+    if (r < 0) {
+        struct anyfork_error error;
+        (void)AFK_FAIL(&error, ANYFORK_ESYSTEM, ANYFORK_STAGE_TEMPLATE, -r,
+                       r == -EPERM ? "it is asked by another user or process" : "its start");
+        afk_reporter_fail(&reporter, &error);
+        _exit(AFK_EXIT_PRELUDE);
+    }
+    /* The template makes another one, but not at once. */
+    (void)!write(standby->taken_fd, &me, sizeof me);
+    (void)close(standby->taken_fd);
+    begin_start(boot, &f->plan, &start, &reporter);
+    job.pickle = start.pickle;
+    job.pickle_size = start.pickle_size;
+    int code = afk_boot_run_target(boot, &job, &reporter);
     afk_boot_finish(boot);
     (void)fflush(NULL);
     afk_reporter_send(&reporter, AFK_REPORT_EXIT, 0, code, NULL, 0);

@@ -200,6 +200,8 @@ struct afk_job {
     const char *pickle;
     size_t pickle_size;
     unsigned long caller; /* the thread that asked; filled by afk_start() */
+    struct afk_template *template; /* of a method that needs one; else NULL */
+    bool orphan;          /* PROGRAM: nobody's child */
 };
 /* In the parent, with a thread state of the target's interpreter: the Python
  * part must be there before the fork. Returns a new reference or NULL with
@@ -214,6 +216,10 @@ int afk_boot_run_target(PyObject *boot, const struct afk_job *job,
 /* The main program of an executed worker: never returns. `fd`: its end of the report
  * socket. */
 _Noreturn void afk_boot_run_executed(int fd, const char *pickle, size_t size);
+/* A standby, which was just forked, up to its end. Only `owner` can start it. */
+struct afk_standby;
+_Noreturn void afk_boot_run_standby(PyObject *boot, struct afk_forking *f,
+                                    const struct afk_standby *standby, pid_t owner);
 /* The end of Python in the current interpreter: threads, atexit, buffers. */
 void afk_boot_finish(PyObject *boot);
 /* Where package `anyfork` lies, for interpreters that do not have it on their
@@ -272,6 +278,11 @@ int afk_subint_host(const struct afk_job *job, const struct afk_reporter *report
 int afk_subint_join_all(void);
 unsigned afk_subint_threads(void);
 
+/* ---- template.c ----------------------------------------------------------------- */
+/* Serves, in a template, until its owner has gone and all workers have ended. Call with the
+ * main thread's state of main. */
+int afk_template_serve(const struct afk_server_options *options, struct anyfork_error *reterr);
+
 /* ---- start.c: the narrator of a worker's start -------------------------------- */
 struct afk_method;
 int afk_start(const struct afk_method *method, const struct afk_job *job,
@@ -280,6 +291,8 @@ int afk_start(const struct afk_method *method, const struct afk_job *job,
 int afk_start_fork(const struct afk_method *method, const struct afk_job *job,
                    struct anyfork_child **ret_child, struct anyfork_error *reterr);
 int afk_start_subint(const struct afk_method *method, const struct afk_job *job,
+                     struct anyfork_child **ret_child, struct anyfork_error *reterr);
+int afk_start_zygote(const struct afk_method *method, const struct afk_job *job,
                      struct anyfork_child **ret_child, struct anyfork_error *reterr);
 int afk_start_exec(const struct afk_method *method, const struct afk_job *job,
                    struct anyfork_child **ret_child, struct anyfork_error *reterr);

@@ -12,6 +12,8 @@
 #include <unistd.h>
 
 #define PAD_TIMEOUT_NS ((int64_t)10 * 1000000000)
+#define TEMPLATE_TIMEOUT_NS ((int64_t)30 * 1000000000)
+#define ASK_AGAIN_NS ((int64_t)1000000000) /* a standby may have died before it was taken */
 
 /* What the worker's standard streams and logs write to. They are its own too, under the
  * same numbers. *ret_bytes is what plan->keep points into. */
@@ -154,13 +156,16 @@ static int
 start_with_options(const struct afk_method *method, struct afk_job *job,
                    struct anyfork_child **ret_child, struct anyfork_error *reterr)
 {
-    enum afk_setup_for purpose = method->process == AFK_PROCESS_EXECUTED ? AFK_SETUP_EXEC
-                                                                         : AFK_SETUP_FORK;
+    static const enum afk_setup_for purposes[] = {[AFK_PROCESS_FORKED] = AFK_SETUP_FORK,
+                                                  [AFK_PROCESS_EXECUTED] = AFK_SETUP_EXEC,
+                                                  [AFK_PROCESS_FROM_TEMPLATE] = AFK_SETUP_TEMPLATE};
+    enum afk_setup_for purpose = purposes[method->process];
     struct afk_setup *setup = AFK_ALLOC("malloc(setup)", malloc(sizeof *setup));
     if (setup == NULL)
         return AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_MEMORY, ENOMEM, "options");
     int r = afk_setup_prepare(setup, job->options, purpose, job->report_to, reterr);
     if (r == 0) {
+        setup->orphan = job->orphan;
         job->setup = setup;
         job->wants = afk_setup_wants(setup);
         r = method->start(method, job, ret_child, reterr);
@@ -182,6 +187,45 @@ afk_start_exec(const struct afk_method *method, const struct afk_job *job,
     int r = afk_exec_start(job->setup, ret_child, reterr);
     afk_attach(ts, interp);
     return r;
+}
+
+/* With the GIL: no other thread of this interpreter runs until the standby has been told.
+ * Where none is ready the template is asked for one, and the GIL is let go. */
+int
+afk_start_zygote(const struct afk_method *method, const struct afk_job *job,
+                 struct anyfork_child **ret_child, struct anyfork_error *reterr)
+{
+    int64_t deadline = 0, ask_again = 0;
+    (void)method;
+    if (job->template == NULL)
+        return AFK_FAIL(reterr, ANYFORK_EINVAL, ANYFORK_STAGE_ARGUMENT, 0, "template: none is given");
+    for (;;) {
+        const char *why = NULL;
+        int r = afk_template_start(job->template, job->setup, job->pickle, job->pickle_size,
+                                   ret_child, &why, reterr);
+        int64_t now = afk_os_now_ns();
+        if (r == -EAGAIN && now >= ask_again) {
+            r = afk_template_want(job->template, 1);
+            why = "it has ended";
+            if (deadline == 0)
+                afk_template_missed(job->template);
+            ask_again = now + ASK_AGAIN_NS;
+            deadline = deadline == 0 ? now + TEMPLATE_TIMEOUT_NS : deadline;
+            r = r == 0 ? -EAGAIN : r;
+        }
+        if (r == -ESTALE)
+            return AFK_FAIL(reterr, AFK_STALE, ANYFORK_STAGE_TEMPLATE, 0, why);
+        if (r != -EAGAIN)
+            return r;
+        if (now >= deadline)
+            return AFK_FAIL(reterr, ANYFORK_ETIMEDOUT, ANYFORK_STAGE_TEMPLATE, 0,
+                            "it does not answer");
+        Py_BEGIN_ALLOW_THREADS
+        r = afk_template_wait(job->template, ask_again < deadline ? ask_again - now : deadline - now);
+        Py_END_ALLOW_THREADS
+        if (r == -EINTR && PyErr_CheckSignals() < 0)
+            return AFK_FAIL(reterr, ANYFORK_EPYTHON, ANYFORK_STAGE_TEMPLATE, 0, "interrupted");
+    }
 }
 
 int

@@ -5,7 +5,7 @@
 #include "cpython/cpython.h"
 
 struct ext_state {
-    PyObject *child_type;
+    PyObject *child_type, *template_type;
     bool finalizing;
 };
 struct ext_state *ext_state_of(PyObject *module);
@@ -29,5 +29,9 @@ void ext_options_release(struct ext_options *x);
 extern PyType_Spec ext_child_spec;
 /* Steals `child`; closes it on failure. */
 PyObject *ext_child_wrap(PyTypeObject *type, struct anyfork_child *child, const char *method);
+
+/* py_template.c */
+extern PyType_Spec ext_template_spec;
+struct afk_template *ext_template_of(PyObject *template); /* of the type; borrowed */
 
 #endif

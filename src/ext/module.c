@@ -93,16 +93,18 @@ ext_forkpty(PyObject *module, PyObject *Py_UNUSED(args))
     return Py_BuildValue("Ni", PyLong_FromPid(pid), master);
 }
 
-/* spawn(type, method, target, args, options or None, report_to): target is a callable,
- * bytes that _boot.load() understands, or None for a program. */
+/* spawn(type, method, target, args, options or None, report_to, template): target is a
+ * callable, bytes that _boot.load() understands, or None for a program. `template`: what a
+ * method needs of that kind; True for a program that is one; else None. A str is returned,
+ * the reason, where the template has to be made again first. */
 static PyObject *
 ext_spawn(PyObject *module, PyObject *args)
 {
-    PyObject *type, *target, *target_args, *dict;
+    PyObject *type, *target, *target_args, *dict, *template;
     const char *name;
     int report_to;
-    if (!PyArg_ParseTuple(args, "OsOO!Oi", &type, &name, &target, &PyTuple_Type, &target_args, &dict,
-                          &report_to))
+    if (!PyArg_ParseTuple(args, "OsOO!OiO", &type, &name, &target, &PyTuple_Type, &target_args, &dict,
+                          &report_to, &template))
         return NULL;
     const struct afk_method *method = afk_method_find(name);
     if (method == NULL || !PyType_Check(type))
@@ -115,6 +117,9 @@ ext_spawn(PyObject *module, PyObject *args)
                           .report_to = report_to,
                           .callable = target,
                           .args = target_args};
+    if (Py_IS_TYPE(template, (PyTypeObject *)ext_state_of(module)->template_type))
+        job.template = ext_template_of(template);
+    job.orphan = template == Py_True;
     if (PyBytes_Check(target)) {
         job.kind = AFK_JOB_PICKLE;
         job.pickle = PyBytes_AS_STRING(target);
@@ -133,6 +138,8 @@ ext_spawn(PyObject *module, PyObject *args)
     struct anyfork_error error;
     int r = afk_start(method, &job, &child, &error);
     ext_options_release(&x);
+    if (r == AFK_STALE)
+        return ext_text(error.detail);
     if (r < 0)
         return ext_raise(&error, method->name);
     return ext_child_wrap((PyTypeObject *)type, child, method->name);
@@ -148,6 +155,44 @@ ext_exec_worker(PyObject *Py_UNUSED(module), PyObject *args)
     if (!PyArg_ParseTuple(args, "iy#", &fd, &pickle, &size))
         return NULL;
     afk_boot_run_executed(fd, pickle, (size_t)size);
+}
+
+/* serve(control fd, owner's pid, low, high, idle seconds): the main program of a template. */
+static PyObject *
+ext_serve(PyObject *Py_UNUSED(module), PyObject *args)
+{
+    struct afk_server_options options;
+    struct anyfork_error error;
+    double idle;
+    if (!PyArg_ParseTuple(args, "iiIId", &options.control, &options.owner, &options.low, &options.high,
+                          &idle))
+        return NULL;
+    options.idle_ns = (int64_t)(idle * 1e9);
+    if (afk_template_serve(&options, &error) < 0)
+        return ext_raise(&error, "zygote");
+    Py_RETURN_NONE;
+}
+
+/* stream_is_open(number): whether that standard stream is open, and no descriptor of ours. */
+static PyObject *
+ext_stream_is_open(PyObject *Py_UNUSED(module), PyObject *number)
+{
+    int fd = PyLong_AsInt(number);
+    if (PyErr_Occurred())
+        return NULL;
+    return PyBool_FromLong(afk_os_fd_is_open(fd) && !afk_lifeline_holds(fd));
+}
+
+/* set_title(text): what ps shows of this process. */
+static PyObject *
+ext_set_title(PyObject *Py_UNUSED(module), PyObject *title)
+{
+    PyObject *bytes;
+    if (!PyUnicode_FSConverter(title, &bytes))
+        return NULL;
+    afk_child_set_name(PyBytes_AS_STRING(bytes));
+    Py_DECREF(bytes);
+    Py_RETURN_NONE;
 }
 
 static PyObject *
@@ -376,6 +421,9 @@ static PyMethodDef functions[] = {
      "forkpty()\n--\n\nFork with a new pseudo-terminal; returns (pid, master fd)."},
     {"spawn", ext_spawn, METH_VARARGS, NULL},
     {"exec_worker", ext_exec_worker, METH_VARARGS, NULL},
+    {"serve", ext_serve, METH_VARARGS, NULL},
+    {"stream_is_open", ext_stream_is_open, METH_O, NULL},
+    {"set_title", ext_set_title, METH_O, NULL},
     {"method_traits", ext_method_traits, METH_NOARGS, NULL},
     {"methods", ext_methods, METH_NOARGS, NULL},
     {"check_fork", ext_check_fork, METH_NOARGS, NULL},
@@ -407,6 +455,10 @@ ext_exec(PyObject *module)
     if (state->child_type == NULL ||
         PyModule_AddObjectRef(module, "Child", state->child_type) < 0)
         return -1;
+    state->template_type = PyType_FromModuleAndSpec(module, &ext_template_spec, NULL);
+    if (state->template_type == NULL ||
+        PyModule_AddObjectRef(module, "Template", state->template_type) < 0)
+        return -1;
 #ifdef AFK_FAULTS
     PyObject *faults = Py_True;
 #else
@@ -419,6 +471,7 @@ static int
 ext_traverse(PyObject *module, visitproc visit, void *arg)
 {
     Py_VISIT(ext_state_of(module)->child_type);
+    Py_VISIT(ext_state_of(module)->template_type);
     return 0;
 }
 
@@ -426,6 +479,7 @@ static int
 ext_clear(PyObject *module)
 {
     Py_CLEAR(ext_state_of(module)->child_type);
+    Py_CLEAR(ext_state_of(module)->template_type);
     return 0;
 }
 

@@ -13,6 +13,8 @@ ext_text(const char *detail)
 PyObject *
 ext_raise(const struct anyfork_error *error, const char *method)
 {
+    if (error->code == ANYFORK_EPYTHON && PyErr_Occurred())
+        return NULL; /* that of a signal handler, say */
     PyObject *errors = PyImport_ImportModule("anyfork._errors");
     PyObject *exc = NULL;
     if (errors != NULL)

@@ -54,6 +54,10 @@ def available() -> list[str]:
     return [row.name for row in anyfork.methods() if row.available and row.target != "fresh"]
 
 
+# Their targets run in the main interpreter of a process that was executed.
+IN_MAIN_OF_ANOTHER = ("exec", "zygote")
+
+
 def given(method: str, *fds: int) -> dict[str, Any]:
     """The option by which a worker gets these descriptors; a thread of this process has
     them anyhow."""

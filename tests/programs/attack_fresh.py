@@ -12,7 +12,17 @@ import threading
 import time
 from typing import Any
 
-from attack_common import LIMIT, available, busy, given, places, raises, same, until
+from attack_common import (
+    IN_MAIN_OF_ANOTHER,
+    LIMIT,
+    available,
+    busy,
+    given,
+    places,
+    raises,
+    same,
+    until,
+)
 
 import anyfork
 from anyfork import _anyfork
@@ -41,7 +51,7 @@ def check_it_runs_in_an_interpreter_of_its_own(place: str) -> None:
         with anyfork.spawn(where, method=method) as child:
             pid, in_main, own_gil, mark, interpreter = child.result(LIMIT)
             same(pid, os.getpid() if child.pid is None else child.pid)
-            executed = child.method == "exec"  # the main interpreter of a fresh process
+            executed = child.method in IN_MAIN_OF_ANOTHER
             same((in_main, mark), (executed, "as imported"))
             same(own_gil, not executed and _anyfork.layout()["twin"][0] == "ready")
             assert child.pid is not None or interpreter != here
@@ -97,7 +107,7 @@ def check_exceptions_come_back(place: str) -> None:
 
 def check_what_cannot_be_pickled_is_refused(place: str) -> None:
     for method in fresh():
-        error = raises(TypeError, anyfork.spawn, lambda: None, method=method)
+        error = raises(TypeError, anyfork.spawn, threading.Lock().acquire, method=method)
         assert "picklable" in str(error)
         assert "fork" in str(error)
 

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 from attack_bad_input import nothing_started
-from attack_common import LIMIT, is_gone, places, raises, same, until
+from attack_common import IN_MAIN_OF_ANOTHER, LIMIT, is_gone, places, raises, same, until
 
 import anyfork
 
@@ -124,7 +124,7 @@ def check_numbers_of_threads_that_hooks_start(place: str) -> None:
     os.register_at_fork(after_in_child=start_a_thread)
     for method in main_targets():
         there = anyfork.run(numbers_of_each_thread, method=method, nice=3, cpus=[CPU])
-        assert len(there) > 1 or method == "exec", method
+        assert len(there) > 1 or method in IN_MAIN_OF_ANOTHER, method
         same((method, there), (method, [(min(nice + 3, 19), [CPU])] * len(there)))
 
 
@@ -354,13 +354,17 @@ def check_pipes_end_beside_forks(place: str) -> None:
     """A worker that inherits all, or a child of os.fork(), would keep the other end of
     another worker's pipes open; and so would that worker itself."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    inherit = {"fd_policy": "inherit"}
+    inherit: dict[str, dict[str, Any]] = {
+        name: {} if name == "zygote" else {"fd_policy": "inherit"} for name in processes()
+    }
     sleepers = [name for name in processes() if name != "exec"]
     for method in processes():
         with contextlib.ExitStack() as stack:
-            child = stack.enter_context(anyfork.spawn(read_all, method=method, **pipes, **inherit))
+            child = stack.enter_context(
+                anyfork.spawn(read_all, method=method, **pipes, **inherit[method])
+            )
             for name in sleepers:
-                stack.enter_context(anyfork.spawn(sleep_for_ever, method=name, **inherit))
+                stack.enter_context(anyfork.spawn(sleep_for_ever, method=name, **inherit[name]))
             if place == "main":
                 pid = os.fork()
                 if pid == 0:
@@ -451,11 +455,17 @@ def check_nothing_else_is_inherited(place: str) -> None:
             if method == "exec":  # its report socket alone; and 3.15 opens libffi itself
                 left = sorted(fd for fd, path in there.items() if fd > 2 and ".so" not in path)
                 same((method, left), (method, [3]))
+            elif method == "zygote":  # nothing of the template: report socket and lifeline
+                left = sorted(path.partition(":")[0] for fd, path in there.items() if fd > 2)
+                same((method, left), (method, ["pipe", "socket"]))
             else:
                 same((method, there[secret.fileno()]), (method, "/"))
             closed = anyfork.run(open_here, method=method, fd_policy="close")
-            assert secret.fileno() not in closed or method == "exec", (method, closed)
-            if method != "exec":
+            assert closed.get(secret.fileno()) != secret.name, (method, closed)
+            if method == "zygote":
+                exc = raises(ValueError, anyfork.spawn, int, method=method, fd_policy="inherit")
+                assert "list them in fds" in str(exc), exc
+            elif method != "exec":
                 kept = anyfork.run(open_here, method=method, fd_policy="inherit")
                 same((method, kept[secret.fileno()]), (method, secret.name))
 
@@ -527,7 +537,7 @@ def check_many_descriptors(place: str) -> None:
             held.append(os.dup(0))
         for method in processes():
             here = anyfork.run(open_here, method=method)
-            same(method == "exec", held[-1] not in here)
+            same(method in IN_MAIN_OF_ANOTHER, held[-1] not in here)
     finally:
         for fd in held:
             os.close(fd)

@@ -1,0 +1,1227 @@
+/*
+ * A template, from both of its ends: the owner, which starts workers with what a template
+ * has made ready, and the server, which makes it ready. See zygote.h.
+ *
+ * Rules: nothing has a name in any namespace. A standby belongs to its owner from the
+ * moment that it is offered: its lifeline lies in the owner's queue, and ends with it. The
+ * owner's start is one message that it takes and one that it sends; it waits for nobody.
+ * The server never waits for an owner or a worker either.
+ */
+#include "zygote.h"
+#include "anyfork/anyfork.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
+#include <sys/signalfd.h>
+#include <sys/socket.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#define OFFERS_TRIED 64              /* dead ones, in one start */
+#define REFILL_DELAY_NS ((int64_t)1000000) /* behind the user's first line */
+#define REFILL_AFTER_DEATH_NS ((int64_t)100000000)
+#define END_DELAY_NS ((int64_t)500000000)
+#define END_LOOK_MS 100
+#define TIMEOUT_MS_MAX 60000
+
+extern char **environ;
+
+/* ---- messages ------------------------------------------------------------------- */
+
+union control {
+    struct cmsghdr header;
+    char space[CMSG_SPACE(AFK_ZYGOTE_FDS_MAX * sizeof(int)) + CMSG_SPACE(sizeof(struct ucred))];
+};
+
+/* One message with descriptors. 0 or a negative errno. */
+static int
+send_with_fds(int socket, const struct iovec *vec, size_t n_vec, const int *fds, unsigned n_fds,
+              int flags)
+{
+    union control control;
+    struct msghdr msg = {.msg_iov = (struct iovec *)(uintptr_t)vec, .msg_iovlen = n_vec};
+    if (n_fds > 0) {
+        msg.msg_control = &control;
+        msg.msg_controllen = CMSG_SPACE(n_fds * sizeof(int));
+        control.header = (struct cmsghdr){.cmsg_level = SOL_SOCKET,
+                                          .cmsg_type = SCM_RIGHTS,
+                                          .cmsg_len = CMSG_LEN(n_fds * sizeof(int))};
+        memcpy(CMSG_DATA(&control.header), fds, n_fds * sizeof(int));
+    }
+    size_t size = 0;
+    for (size_t i = 0; i < n_vec; i++)
+        size += vec[i].iov_len;
+    ssize_t n;
+    do
+        n = AFK_SYS("sendmsg", (n = sendmsg(socket, &msg, MSG_NOSIGNAL | flags)) < 0 ? -errno : n);
+    while (n == -EINTR);
+    return n < 0 ? (int)n : n == (ssize_t)size ? 0 : -EMSGSIZE;
+}
+
+static void
+close_all(const int *fds, unsigned n)
+{
+    for (unsigned i = 0; i < n; i++)
+        afk_os_close(fds[i]);
+}
+
+/* The length, or a negative errno. *ret_n is how many descriptors came, at most `max`;
+ * `ret_from`: who sent it, if the socket passes that. */
+static ssize_t
+receive_with_fds(int socket, void *to, size_t size, int *fds, unsigned max, unsigned *ret_n,
+                 struct ucred *ret_from, int flags)
+{
+    union control control;
+    struct iovec vec = {to, size};
+    struct msghdr msg = {.msg_iov = &vec,
+                         .msg_iovlen = 1,
+                         .msg_control = &control,
+                         .msg_controllen = sizeof control};
+    ssize_t n;
+    *ret_n = 0;
+    do
+        n = AFK_SYS("recvmsg",
+                    (n = recvmsg(socket, &msg, MSG_CMSG_CLOEXEC | flags)) < 0 ? -errno : n);
+    while (n == -EINTR);
+    if (n < 0)
+        return n;
+    bool cut = (msg.msg_flags & MSG_CTRUNC) != 0;
+    for (struct cmsghdr *c = CMSG_FIRSTHDR(&msg); c != NULL; c = CMSG_NXTHDR(&msg, c)) {
+        if (c->cmsg_level != SOL_SOCKET)
+            continue;
+        if (c->cmsg_type == SCM_CREDENTIALS && ret_from != NULL)
+            memcpy(ret_from, CMSG_DATA(c), sizeof *ret_from);
+        if (c->cmsg_type != SCM_RIGHTS)
+            continue;
+        unsigned have = (unsigned)((c->cmsg_len - CMSG_LEN(0)) / sizeof(int));
+        for (unsigned i = 0; i < have; i++) {
+            int fd;
+            memcpy(&fd, CMSG_DATA(c) + i * sizeof fd, sizeof fd);
+            if (*ret_n < max)
+                fds[(*ret_n)++] = fd;
+            else {
+                afk_os_close(fd);
+                cut = true;
+            }
+        }
+    }
+    if (!cut)
+        return n;
+    close_all(fds, *ret_n); /* no room for them in the table of descriptors */
+    *ret_n = 0;
+    return -EMFILE;
+}
+
+static struct afk_zygote_message
+message_of(enum afk_zygote_op op)
+{
+    return (struct afk_zygote_message){
+        .magic = AFK_ZYGOTE_MAGIC, .version = AFK_ZYGOTE_VERSION, .op = (uint16_t)op};
+}
+
+static int
+send_message(int socket, const struct afk_zygote_message *message, const int *fds, unsigned n_fds)
+{
+    const struct iovec vec = {(void *)(uintptr_t)message, sizeof *message};
+    return send_with_fds(socket, &vec, 1, fds, n_fds, MSG_DONTWAIT);
+}
+
+/* ---- the owner: a template ---------------------------------------------------------- */
+
+struct afk_template {
+    unsigned generation;
+    int control;
+    atomic_bool ready; /* has said HELLO */
+    pid_t pid;
+    uint64_t ignored;  /* by the template, and so by its workers */
+    struct afk_proc_files files;
+    struct afk_identity identity;
+    struct afk_surroundings around;
+    atomic_ullong starts, misses;
+};
+
+int
+afk_template_new(struct afk_template **ret_template, int *ret_server_end,
+                 struct anyfork_error *reterr)
+{
+    int pair[2] = {-1, -1};
+    struct afk_template *t = AFK_ALLOC("calloc(template)", calloc(1, sizeof *t));
+    if (t == NULL)
+        return AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_MEMORY, ENOMEM, "template");
+    t->generation = afk_generation();
+    t->control = -1;
+    t->files = (struct afk_proc_files){-1, -1, -1, -1};
+    if (afk_os_children_are_elsewhere()) {
+        afk_template_free(t);
+        return AFK_FAIL(reterr, ANYFORK_EUNAVAILABLE, ANYFORK_STAGE_TEMPLATE, EPERM,
+                        "children of this thread are in another pid namespace: use method 'fork'");
+    }
+    int r = afk_proc_files_open(&t->files);
+    if (r == 0)
+        r = afk_identity_read(&t->files, &t->identity, &t->around);
+    if (r < 0) {
+        afk_template_free(t);
+        return AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_TEMPLATE, -r,
+                        "/proc cannot be read, which says what a template may do");
+    }
+    bool begun = afk_lifeline_begin();
+    r = afk_os_socketpair(pair, SOCK_SEQPACKET);
+    for (int i = 0; i < 2 && r == 0; i++)
+        r = afk_lifeline_register(pair[i], false);
+    afk_lifeline_end(begun);
+    t->control = pair[0];
+    if (r < 0) {
+        afk_lifeline_close(&pair[1]);
+        afk_template_free(t);
+        return AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_PIPE, -r, "template's socket");
+    }
+    *ret_template = t;
+    *ret_server_end = pair[1];
+    return 0;
+}
+
+static bool
+is_foreign(const struct afk_template *t)
+{
+    return t->generation != afk_generation();
+}
+
+void
+afk_template_free(struct afk_template *t)
+{
+    if (!is_foreign(t)) {
+        afk_lifeline_close(&t->control); /* and with it what was offered: they end */
+        afk_proc_files_close(&t->files);
+    }
+    free(t);
+}
+
+int
+afk_template_fd(const struct afk_template *t)
+{
+    return is_foreign(t) ? -1 : t->control;
+}
+
+void
+afk_template_counts(const struct afk_template *t, struct afk_template_counts *ret)
+{
+    ret->starts = atomic_load(&t->starts);
+    ret->misses = atomic_load(&t->misses);
+}
+
+void
+afk_template_missed(struct afk_template *t)
+{
+    atomic_fetch_add(&t->misses, 1);
+}
+
+static bool
+is_ours(const struct afk_zygote_message *message, ssize_t size)
+{
+    return size == (ssize_t)sizeof *message && message->magic == AFK_ZYGOTE_MAGIC &&
+           message->version == AFK_ZYGOTE_VERSION;
+}
+
+int
+afk_template_hello(struct afk_template *t)
+{
+    struct afk_zygote_message message;
+    unsigned n_fds;
+    int fds[AFK_OFFER_FDS];
+    if (is_foreign(t))
+        return -ESTALE;
+    if (atomic_load(&t->ready))
+        return 1;
+    ssize_t n = receive_with_fds(t->control, &message, sizeof message, fds, AFK_OFFER_FDS, &n_fds,
+                                 NULL, MSG_DONTWAIT);
+    if (n == -EAGAIN)
+        return 0;
+    close_all(fds, n_fds);
+    if (n <= 0)
+        return n < 0 ? (int)n : -EPIPE;
+    if (!is_ours(&message, n) || message.op != AFK_ZYGOTE_HELLO)
+        return -EPROTO;
+    t->pid = message.pid;
+    t->ignored = message.ignored;
+    atomic_store(&t->ready, true);
+    return 1;
+}
+
+int
+afk_template_want(struct afk_template *t, unsigned n)
+{
+    struct afk_zygote_message message = message_of(AFK_ZYGOTE_WANT);
+    if (is_foreign(t))
+        return -ESTALE;
+    message.number = n;
+    /* Its queue is full only if it does not read: it has stopped. */
+    return send_message(t->control, &message, NULL, 0) < 0 ? -ESTALE : 0;
+}
+
+int
+afk_template_wait(struct afk_template *t, int64_t timeout_ns)
+{
+    struct pollfd p = {.fd = t->control, .events = POLLIN};
+    int64_t ms = (timeout_ns + 999999) / 1000000;
+    int n = poll(&p, 1, ms > INT_MAX ? INT_MAX : (int)ms);
+    return n < 0 ? -errno : n == 0 ? -ETIMEDOUT : 0;
+}
+
+static bool
+is_dead(int pidfd)
+{
+    struct pollfd p = {.fd = pidfd, .events = POLLIN};
+    return poll(&p, 1, 0) != 0;
+}
+
+/* A standby that lives: its handle. As afk_template_start(). */
+static int
+take_offer(struct afk_template *t, struct anyfork_child **ret_child, const char **ret_why,
+           struct anyfork_error *reterr)
+{
+    for (int tries = 0; tries < OFFERS_TRIED; tries++) {
+        struct afk_zygote_message message;
+        int fds[AFK_OFFER_FDS];
+        unsigned n_fds;
+        /* A fork of another thread must not get what is in no table yet. */
+        bool begun = afk_lifeline_begin();
+        ssize_t n = receive_with_fds(t->control, &message, sizeof message, fds, AFK_OFFER_FDS,
+                                     &n_fds, NULL, MSG_DONTWAIT);
+        int r = 0;
+        for (unsigned i = 0; i < n_fds && r == 0; i++)
+            r = afk_lifeline_register(fds[i], i == AFK_OFFER_LIFE_WRITE);
+        afk_lifeline_end(begun);
+        bool is_offer = n > 0 && is_ours(&message, n) && message.op == AFK_ZYGOTE_OFFER &&
+                        n_fds == AFK_OFFER_FDS;
+        if (is_offer && r == 0 && !is_dead(fds[AFK_OFFER_PIDFD]))
+            return afk_child_new_offered(ret_child, message.pid, fds, reterr);
+        for (unsigned i = 0; i < n_fds; i++)
+            afk_lifeline_close(&fds[i]);
+        if (r < 0)
+            return AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_MEMORY, -r, "worker handle");
+        if (n == -EAGAIN)
+            return -EAGAIN;
+        if (n == -EMFILE)
+            return AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_PIPE, EMFILE, "worker handle");
+        if (n > 0 && is_ours(&message, n) && message.op == AFK_ZYGOTE_FAILED)
+            return AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_FORK, (int)message.number,
+                            "in the template");
+        if (n <= 0 || !is_ours(&message, n)) {
+            *ret_why = "it has ended";
+            return -ESTALE;
+        }
+    }
+    return -EAGAIN;
+}
+
+/* ---- the owner: a start ---------------------------------------------------------------- */
+
+#define VECS_MAX 12
+
+struct outgoing {
+    struct afk_start_message head;
+    int fds[AFK_ZYGOTE_FDS_MAX];
+    unsigned n_fds;
+    struct iovec vec[VECS_MAX];
+    unsigned n_vec;
+    int32_t *targets;
+    int memfd, cwd;
+};
+
+static bool
+add_fd(struct outgoing *out, int fd)
+{
+    if (out->n_fds == AFK_ZYGOTE_FDS_MAX)
+        return false;
+    out->fds[out->n_fds++] = fd;
+    return true;
+}
+
+static void
+add_body(struct outgoing *out, const void *data, size_t size)
+{
+    if (size == 0)
+        return;
+    out->vec[out->n_vec++] = (struct iovec){(void *)(uintptr_t)data, size};
+    out->head.body_bytes += size;
+}
+
+static uint64_t
+bits_of(const sigset_t *set)
+{
+    uint64_t bits = 0;
+    for (int sig = 1; sig < NSIG && sig <= 64; sig++)
+        if (sigismember(set, sig) == 1)
+            bits |= 1ull << (sig - 1);
+    return bits;
+}
+
+/* What the owner ignores, its worker does, and no more; but for SIGCHLD, see child.c, and
+ * SIGINT, for which there is an option. */
+static void
+put_signals(struct outgoing *out, const struct afk_template *t, const struct afk_setup *setup,
+            const struct afk_surroundings *now)
+{
+    const uint64_t apart = 1ull << (SIGCHLD - 1) | 1ull << (SIGINT - 1);
+    uint64_t more = now->ignored & ~t->ignored & ~apart, less = t->ignored & ~now->ignored & ~apart;
+    out->head.mask = bits_of(&setup->mask);
+    out->head.ignored = bits_of(&setup->ignored);
+    out->head.defaults = bits_of(&setup->defaults);
+    out->head.ignored |= more & ~out->head.defaults;
+    out->head.defaults |= less & ~out->head.ignored;
+}
+
+/* The owner's that have changed, then those of this start. */
+static bool
+put_limits(struct outgoing *out, const struct afk_template *t, const struct afk_setup *setup,
+           const struct afk_surroundings *now, struct anyfork_rlimit *changed)
+{
+    unsigned n = 0;
+    for (int i = 0; i < AFK_LIMITS_MAX; i++) {
+        if (now->limit[i].soft == t->around.limit[i].soft &&
+            now->limit[i].hard == t->around.limit[i].hard)
+            continue;
+        if (now->limit[i].hard > t->around.limit[i].hard)
+            return false; /* a worker might not be allowed to raise it */
+        changed[n++] = (struct anyfork_rlimit){i, now->limit[i].soft, now->limit[i].hard};
+    }
+    add_body(out, changed, n * sizeof *changed);
+    add_body(out, setup->rlimits, setup->n_rlimits * sizeof *setup->rlimits);
+    out->head.n_rlimits = n + setup->n_rlimits;
+    return true;
+}
+
+static void
+put_cpus(struct outgoing *out, const struct afk_template *t, const struct afk_setup *setup,
+         const struct afk_surroundings *now)
+{
+    const void *cpus = setup->cpus;
+    size_t size = setup->cpus != NULL ? setup->cpus_size : 0;
+    if (cpus == NULL && memcmp(now->cpus, t->around.cpus, sizeof now->cpus) != 0) {
+        cpus = now->cpus;
+        size = sizeof now->cpus;
+    }
+    add_body(out, cpus, size);
+    out->head.cpus_bytes = (uint32_t)size;
+}
+
+static bool
+is_same_folder(const struct afk_surroundings *a, const struct afk_surroundings *b)
+{
+    return a->cwd_device == b->cwd_device && a->cwd_inode == b->cwd_inode && a->cwd_inode != 0;
+}
+
+/* The environment in one block, of pointers and strings: n strings end to end. */
+static void
+put_environment(struct outgoing *out, const char *const *env, char **ret_block)
+{
+    size_t n = 0, size = 0;
+    for (; env != NULL && env[n] != NULL; n++)
+        size += strlen(env[n]) + 1;
+    char *block = AFK_ALLOC("malloc(environment)", malloc(size + 1)), *to = block;
+    *ret_block = block;
+    if (block == NULL)
+        return;
+    for (size_t i = 0; i < n; i++) {
+        size_t length = strlen(env[i]) + 1;
+        memcpy(to, env[i], length);
+        to += length;
+    }
+    out->head.has_env = 1;
+    out->head.n_env = (uint32_t)n;
+    out->head.env_bytes = size;
+    add_body(out, block, size);
+}
+
+/* Or of ours at all. It may have the number of a standard stream that is closed. */
+static bool
+is_of_this_start(const struct outgoing *out, const struct afk_setup *setup, int fd)
+{
+    const int opened[] = {out->memfd, out->cwd, setup->cgroup_dir, setup->cgroup_procs,
+                          setup->cgroup_kill};
+    for (unsigned i = 0; i < sizeof opened / sizeof *opened && fd <= 2; i++)
+        if (opened[i] == fd)
+            return true;
+    for (int i = 0; i < 3 && fd <= 2; i++)
+        if (setup->opened[i] == fd)
+            return true;
+    return fd <= 2 && afk_lifeline_holds(fd);
+}
+
+/* false: too many descriptors. */
+static bool
+put_fds(struct outgoing *out, const struct afk_setup *setup, int guard_fd)
+{
+    unsigned at = 0;
+    bool ok = true;
+    for (int which = 0; which < 3; which++) {
+        if (at < setup->n_moves && setup->move[at].to == which) {
+            out->head.has_stream[which] = 1;
+            ok = ok && add_fd(out, setup->move[at++].from);
+            continue;
+        }
+        int from = which;
+        out->head.has_stream[which] = afk_os_fd_is_open(from) && !is_of_this_start(out, setup, from);
+        if (out->head.has_stream[which])
+            ok = ok && add_fd(out, from);
+    }
+    for (; at < setup->n_moves; at++) {
+        out->targets[out->head.n_moves++] = setup->move[at].to;
+        ok = ok && add_fd(out, setup->move[at].from);
+    }
+    if (out->memfd >= 0) {
+        out->head.has_memfd = 1;
+        ok = ok && add_fd(out, out->memfd);
+    }
+    if (out->cwd >= 0) {
+        out->head.has_cwd = 1;
+        ok = ok && add_fd(out, out->cwd);
+    }
+    if (setup->cgroup_procs >= 0) {
+        out->head.has_cgroup = 1;
+        ok = ok && add_fd(out, setup->cgroup_procs);
+    }
+    if (setup->cgroup_kill >= 0) {
+        out->head.has_cgroup_kill = 1;
+        ok = ok && add_fd(out, setup->cgroup_kill);
+    }
+    if (guard_fd >= 0) {
+        out->head.has_guard = 1;
+        ok = ok && add_fd(out, guard_fd);
+    }
+    return ok;
+}
+
+static int
+body_to_memfd(struct outgoing *out)
+{
+    int fd = AFK_SYS("memfd_create", (fd = memfd_create("anyfork-start", MFD_CLOEXEC)) < 0 ? -errno : fd);
+    int r = fd < 0 ? fd : 0;
+    for (unsigned i = 1; i < out->n_vec && r == 0; i++)
+        r = afk_os_write_all(fd, out->vec[i].iov_base, out->vec[i].iov_len);
+    out->memfd = fd;
+    out->n_vec = 1;
+    return r;
+}
+
+static void
+put_plain(struct outgoing *out, const struct afk_template *t, const struct afk_setup *setup,
+          const struct afk_surroundings *now)
+{
+    struct afk_start_message *head = &out->head;
+    *head = (struct afk_start_message){
+        .magic = AFK_ZYGOTE_MAGIC,
+        .version = AFK_ZYGOTE_VERSION,
+        .lifeline_group = setup->lifeline_group,
+        .guarded = setup->guarded,
+        .session = setup->session,
+        .process_group = setup->process_group,
+        .fd_policy = setup->fd_policy,
+        .sigint = setup->sigint,
+        .lifeline_signal = setup->lifeline_signal,
+        .umask = setup->umask,
+        .oom_score_adj = setup->oom_score_adj,
+        .nice = setup->nice + now->nice - t->around.nice,
+        .n_groups = setup->n_groups,
+        .user = setup->user,
+        .group = setup->group,
+    };
+    if (setup->umask < 0 && now->umask != t->around.umask)
+        head->umask = now->umask;
+    if (setup->oom_score_adj == ANYFORK_OOM_KEEP && now->oom_score_adj != t->around.oom_score_adj)
+        head->oom_score_adj = now->oom_score_adj;
+    if (setup->session == ANYFORK_SESSION_KEEP && now->process_group != t->around.process_group) {
+        head->session = ANYFORK_SESSION_GROUP;
+        head->process_group = (int32_t)now->process_group;
+    }
+}
+
+static int
+send_start(struct afk_template *t, const struct afk_surroundings *now,
+           const struct afk_setup *setup, const char *pickle, size_t size,
+           struct anyfork_child *child, const char **ret_why, struct anyfork_error *reterr)
+{
+    struct outgoing out;
+    struct anyfork_rlimit changed[AFK_LIMITS_MAX];
+    char *block = NULL;
+    int guard_fd = -1, r = 0;
+    uint64_t token = 0;
+
+    out.n_fds = 0;
+    out.n_vec = 0;
+    out.memfd = out.cwd = -1;
+    out.targets = AFK_ALLOC("malloc(targets)", malloc((setup->n_moves + 1) * sizeof *out.targets));
+    if (out.targets == NULL)
+        return AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_MEMORY, ENOMEM, "options");
+    put_plain(&out, t, setup, now);
+    out.vec[out.n_vec++] = (struct iovec){&out.head, sizeof out.head};
+    if (!put_limits(&out, t, setup, now, changed)) {
+        *ret_why = "its resource limits are lower than they are here now";
+        r = -ESTALE;
+        goto out;
+    }
+    put_cpus(&out, t, setup, now);
+    put_signals(&out, t, setup, now);
+    if (setup->guarded) {
+        r = afk_child_guard(child, &guard_fd, &token, reterr);
+        if (r < 0)
+            goto out;
+        out.head.guard_token = token;
+    }
+    if ((setup->cwd == NULL || setup->cwd[0] != '/') && !is_same_folder(now, &t->around)) {
+        r = out.cwd = afk_os_open(AT_FDCWD, ".", O_PATH | O_DIRECTORY, 0);
+        if (r < 0) {
+            r = AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_OPTION, -r, "cwd");
+            goto out;
+        }
+        r = 0;
+    }
+    unsigned n_more = 0;
+    for (unsigned i = 0; i < setup->n_moves; i++)
+        n_more += setup->move[i].to > 2;
+    add_body(&out, out.targets, n_more * sizeof *out.targets);
+    if (setup->n_groups > 0)
+        add_body(&out, setup->groups, (size_t)setup->n_groups * sizeof *setup->groups);
+    if (setup->cwd != NULL) {
+        out.head.cwd_bytes = (uint32_t)strlen(setup->cwd) + 1;
+        add_body(&out, setup->cwd, out.head.cwd_bytes);
+    }
+    if (setup->name != NULL) {
+        out.head.name_bytes = (uint32_t)strlen(setup->name) + 1;
+        add_body(&out, setup->name, out.head.name_bytes);
+    }
+    if (setup->env != NULL || now->environment != t->around.environment) {
+        put_environment(&out, setup->env != NULL ? setup->env : (const char *const *)environ, &block);
+        if (block == NULL) {
+            r = AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_MEMORY, ENOMEM, "environment");
+            goto out;
+        }
+    }
+    out.head.pickle_bytes = size;
+    add_body(&out, pickle, size);
+    if (out.head.body_bytes > AFK_ZYGOTE_BODY_IN_MESSAGE) {
+        r = body_to_memfd(&out);
+        if (r < 0) {
+            r = AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_MEMORY, -r, "memfd of the target");
+            goto out;
+        }
+    }
+    if (!put_fds(&out, setup, guard_fd)) {
+        r = AFK_FAIL(reterr, ANYFORK_EINVAL, ANYFORK_STAGE_ARGUMENT, 0,
+                     "fds: too many for one message to a template's worker");
+        goto out;
+    }
+    struct afk_child_view view;
+    afk_child_view(child, &view);
+    r = send_with_fds(view.status_fd, out.vec, out.n_vec, out.fds, out.n_fds, MSG_DONTWAIT);
+    if (r == -EPIPE || r == -ECONNRESET)
+        r = -EAGAIN; /* it died after we looked: the next */
+    else if (r < 0)
+        r = AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_HANDSHAKE, -r, "to the standby");
+out:
+    free(out.targets);
+    free(block);
+    afk_os_close(out.memfd);
+    afk_os_close(out.cwd);
+    afk_lifeline_close(&guard_fd);
+    return r;
+}
+
+int
+afk_template_start(struct afk_template *t, const struct afk_setup *setup, const char *pickle,
+                   size_t size, struct anyfork_child **ret_child, const char **ret_why,
+                   struct anyfork_error *reterr)
+{
+    struct afk_identity identity;
+    struct afk_surroundings now;
+    if (is_foreign(t)) {
+        *ret_why = "it is another process's";
+        return -ESTALE;
+    }
+    int r = afk_identity_read(&t->files, &identity, &now);
+    if (r < 0)
+        return AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_TEMPLATE, -r,
+                        "/proc cannot be read, which says what this process may do");
+    *ret_why = afk_identity_difference(&t->identity, &identity);
+    if (*ret_why != NULL)
+        return -ESTALE;
+    for (int tries = 0; tries < OFFERS_TRIED; tries++) {
+        struct anyfork_child *child = NULL;
+        r = take_offer(t, &child, ret_why, reterr);
+        if (r < 0)
+            return r;
+        r = send_start(t, &now, setup, pickle, size, child, ret_why, reterr);
+        if (r == 0) {
+            atomic_fetch_add(&t->starts, 1);
+            *ret_child = child;
+            return 0;
+        }
+        anyfork_child_close(child);
+        if (r != -EAGAIN)
+            return r;
+    }
+    return -EAGAIN;
+}
+
+/* ---- the server ------------------------------------------------------------------------- */
+
+struct worker {
+    pid_t pid;
+    int report_fd; /* its own end: for STATUS */
+    bool taken;
+};
+
+struct server {
+    const struct afk_server_options *options;
+    afk_fork_standby fork_standby;
+    void *arg;
+    int signals, taken[2];
+    int owner; /* its pidfd: a process that it has started may hold its end of the socket */
+    struct worker *worker;
+    unsigned n_workers, room;
+    unsigned ready;      /* standbys that nobody has taken */
+    unsigned wanted;     /* asked for, and to be made at once */
+    unsigned goal;       /* how many to keep ready */
+    int64_t refill_at;   /* 0: nothing to refill */
+    int64_t last_start;
+    bool owner_gone;
+    int64_t end_at;      /* of standbys, then */
+};
+
+static struct worker *
+find(struct server *s, pid_t pid)
+{
+    for (unsigned i = 0; i < s->n_workers; i++)
+        if (s->worker[i].pid == pid)
+            return &s->worker[i];
+    return NULL;
+}
+
+static void
+refill(struct server *s, int64_t delay_ns)
+{
+    int64_t at = afk_os_now_ns() + delay_ns;
+    if (s->refill_at == 0 || at > s->refill_at)
+        s->refill_at = at;
+}
+
+/* No descriptor of the server is any of a forked child's: they are in the table. */
+static int
+make_report_and_lifeline(int report[2], int life[2])
+{
+    int r = afk_os_socketpair(report, SOCK_STREAM);
+    if (r == 0 && fcntl(report[0], F_SETFL, O_NONBLOCK) < 0)
+        r = -errno;
+    if (r == 0)
+        r = afk_os_pipe(life, O_CLOEXEC);
+    if (r == 0)
+        r = afk_lifeline_register(report[0], false);
+    if (r == 0)
+        r = afk_lifeline_register(life[1], true);
+    return r;
+}
+
+/* The standby's report end is kept, to tell of its end. */
+static int
+offer(struct server *s, pid_t pid, int report[2], int life[2])
+{
+    struct afk_zygote_message message = message_of(AFK_ZYGOTE_OFFER);
+    int pidfd = afk_os_pidfd_open(pid);
+    int r = pidfd < 0 ? pidfd : afk_lifeline_register(report[1], false);
+    if (r == 0) {
+        const int fds[AFK_OFFER_FDS] = {[AFK_OFFER_REPORT] = report[0],
+                                        [AFK_OFFER_LIFE_READ] = life[0],
+                                        [AFK_OFFER_LIFE_WRITE] = life[1],
+                                        [AFK_OFFER_PIDFD] = pidfd};
+        message.pid = pid;
+        r = send_message(s->options->control, &message, fds, AFK_OFFER_FDS);
+        if (r < 0)
+            afk_lifeline_forget(report[1]);
+    }
+    afk_os_close(pidfd);
+    return r;
+}
+
+static int
+make_standby(struct server *s)
+{
+    int report[2] = {-1, -1}, life[2] = {-1, -1}, on = 1;
+    if (s->n_workers == s->room) {
+        unsigned room = s->room > 0 ? 2 * s->room : 32;
+        struct worker *larger = realloc(s->worker, room * sizeof *larger);
+        if (larger == NULL)
+            return -ENOMEM;
+        s->worker = larger;
+        s->room = room;
+    }
+    int r = make_report_and_lifeline(report, life);
+    if (r == 0 && setsockopt(report[1], SOL_SOCKET, SO_PASSCRED, &on, sizeof on) < 0)
+        r = -errno;
+    if (r == 0) {
+        const struct afk_standby standby = {report[1], life[0], s->taken[1]};
+        pid_t pid = s->fork_standby(s->arg, &standby);
+        r = pid < 0 ? (int)pid : 0;
+        if (pid > 0) {
+            s->worker[s->n_workers++] = (struct worker){.pid = pid, .report_fd = -1};
+            r = offer(s, pid, report, life);
+            if (r == 0) {
+                s->worker[s->n_workers - 1].report_fd = report[1];
+                report[1] = -1;
+                s->ready++;
+            }
+            else {
+                (void)kill(pid, SIGKILL); /* ours, and not reaped: its number is its own */
+            }
+        }
+    }
+    afk_lifeline_close(&life[1]);
+    afk_lifeline_close(&report[0]);
+    afk_os_close(life[0]);
+    afk_os_close(report[1]);
+    return r;
+}
+
+static void
+take_messages(struct server *s)
+{
+    for (;;) {
+        struct afk_zygote_message message;
+        int fds[1];
+        unsigned n_fds;
+        ssize_t n = receive_with_fds(s->options->control, &message, sizeof message, fds, 1, &n_fds,
+                                     NULL, MSG_DONTWAIT);
+        if (n == -EAGAIN)
+            return;
+        close_all(fds, n_fds);
+        if (n <= 0 || !is_ours(&message, n)) {
+            s->owner_gone = true;
+            return;
+        }
+        if (message.op == AFK_ZYGOTE_WANT) {
+            s->wanted += message.number;
+            s->last_start = afk_os_now_ns();
+        }
+    }
+}
+
+static void
+note_taken(struct server *s)
+{
+    int32_t pids[64];
+    ssize_t n;
+    while ((n = afk_os_read(s->taken[0], pids, sizeof pids)) > 0) {
+        for (size_t i = 0; i < (size_t)n / sizeof *pids; i++) {
+            struct worker *worker = find(s, pids[i]);
+            if (worker == NULL || worker->taken)
+                continue;
+            worker->taken = true;
+            s->ready--;
+            s->last_start = afk_os_now_ns();
+            s->goal = s->options->high;
+            refill(s, REFILL_DELAY_NS);
+        }
+    }
+}
+
+static void
+tell_status(const struct worker *worker, int status)
+{
+    const struct afk_report report = {
+        .magic = AFK_REPORT_MAGIC, .kind = AFK_REPORT_STATUS, .value = status};
+    /* There is room, or the owner has not read a large result yet, whose end it will not
+     * get: the kernel tells it the rest, or it stays unknown. */
+    (void)send(worker->report_fd, &report, sizeof report, MSG_NOSIGNAL | MSG_DONTWAIT);
+}
+
+static void
+reap_all(struct server *s)
+{
+    struct signalfd_siginfo info[8];
+    int status;
+    pid_t pid;
+    while (afk_os_read(s->signals, info, sizeof info) > 0)
+        ;
+    while ((pid = waitpid(-1, &status, WNOHANG)) > 0) {
+        struct worker *worker = find(s, pid);
+        if (worker == NULL)
+            continue; /* of a module that was preloaded */
+        if (worker->report_fd >= 0) {
+            tell_status(worker, status);
+            if (!worker->taken) {
+                s->ready--;
+                refill(s, REFILL_AFTER_DEATH_NS);
+            }
+            afk_lifeline_close(&worker->report_fd);
+        }
+        *worker = s->worker[--s->n_workers];
+    }
+}
+
+static void
+make_due(struct server *s)
+{
+    int64_t now = afk_os_now_ns();
+    while (s->wanted > 0) {
+        s->wanted--;
+        int r = make_standby(s);
+        if (r < 0) {
+            struct afk_zygote_message message = message_of(AFK_ZYGOTE_FAILED);
+            message.number = (uint32_t)-r;
+            (void)send_message(s->options->control, &message, NULL, 0);
+        }
+        refill(s, REFILL_DELAY_NS);
+    }
+    if (s->refill_at == 0 || now < s->refill_at)
+        return;
+    if (s->ready >= s->goal) {
+        s->refill_at = 0;
+        return;
+    }
+    /* One at a time: what the owner asks for in between goes first. */
+    if (make_standby(s) < 0)
+        s->refill_at = now + REFILL_AFTER_DEATH_NS;
+}
+
+/* Those that nobody has wanted for long are ended; the owner passes over them. */
+static void
+shrink_idle(struct server *s)
+{
+    unsigned surplus = s->ready > s->options->low ? s->ready - s->options->low : 0;
+    if (surplus == 0 || s->options->idle_ns <= 0 ||
+        afk_os_now_ns() - s->last_start < s->options->idle_ns)
+        return;
+    s->goal = s->options->low;
+    for (unsigned i = 0; i < s->n_workers && surplus > 0; i++) {
+        if (s->worker[i].taken || s->worker[i].report_fd < 0)
+            continue;
+        /* Not if its owner is about to start it: then it has its message already. */
+        if (afk_os_unread(s->worker[i].report_fd) > 0)
+            continue;
+        (void)kill(s->worker[i].pid, SIGKILL);
+        surplus--;
+    }
+}
+
+/* Nobody can start them any more. Most have seen that themselves; who was being started
+ * when the owner died, to live on without it, has told so by now. */
+static void
+end_standbys(struct server *s)
+{
+    if (s->end_at == 0)
+        s->end_at = afk_os_now_ns() + END_DELAY_NS;
+    if (afk_os_now_ns() < s->end_at)
+        return;
+    for (unsigned i = 0; i < s->n_workers; i++)
+        if (!s->worker[i].taken)
+            (void)kill(s->worker[i].pid, SIGKILL); /* ours, and not reaped */
+}
+
+static int
+next_timeout_ms(const struct server *s)
+{
+    int64_t now = afk_os_now_ns(), until = now + (int64_t)TIMEOUT_MS_MAX * 1000000;
+    if (s->owner_gone)
+        return s->end_at == 0 || now < s->end_at ? END_LOOK_MS : TIMEOUT_MS_MAX;
+    if (s->refill_at != 0 && s->refill_at < until)
+        until = s->refill_at;
+    if (s->options->idle_ns > 0 && s->ready > s->options->low &&
+        s->last_start + s->options->idle_ns < until)
+        until = s->last_start + s->options->idle_ns;
+    int64_t ms = (until - now + 999999) / 1000000;
+    return ms < 0 ? 0 : (int)ms;
+}
+
+static int
+open_server(struct server *s)
+{
+    sigset_t child;
+    (void)sigemptyset(&child);
+    (void)sigaddset(&child, SIGCHLD);
+    (void)signal(SIGCHLD, SIG_DFL);
+    (void)pthread_sigmask(SIG_BLOCK, &child, NULL);
+    s->signals = signalfd(-1, &child, SFD_NONBLOCK | SFD_CLOEXEC);
+    int r = s->signals < 0 ? -errno : afk_lifeline_register(s->signals, false);
+    if (r == 0)
+        r = afk_os_pipe(s->taken, O_CLOEXEC | O_NONBLOCK);
+    if (r == 0)
+        r = afk_lifeline_register(s->taken[0], false);
+    if (r == 0)
+        r = afk_lifeline_register(s->options->control, false);
+    if (r == 0)
+        r = s->owner = afk_os_pidfd_open(s->options->owner);
+    if (r >= 0)
+        r = afk_lifeline_register(s->owner, false);
+    return r;
+}
+
+static uint64_t
+ignored_signals(void)
+{
+    uint64_t bits = 0;
+    struct sigaction now;
+    for (int sig = 1; sig < NSIG && sig <= 64; sig++)
+        if (sigaction(sig, NULL, &now) == 0 && (now.sa_flags & SA_SIGINFO) == 0 &&
+            now.sa_handler == SIG_IGN)
+            bits |= 1ull << (sig - 1);
+    return bits;
+}
+
+int
+afk_server_run(const struct afk_server_options *options, afk_fork_standby fork_standby,
+               int (*wait)(void *fds, unsigned n, int timeout_ms), void *arg)
+{
+    struct server server = {.options = options,
+                            .fork_standby = fork_standby,
+                            .arg = arg,
+                            .signals = -1,
+                            .taken = {-1, -1},
+                            .owner = -1,
+                            .goal = options->high},
+                  *s = &server;
+    struct afk_zygote_message hello = message_of(AFK_ZYGOTE_HELLO);
+    int r = open_server(s);
+    if (r < 0)
+        return r;
+    hello.pid = getpid();
+    hello.ignored = ignored_signals();
+    r = send_message(options->control, &hello, NULL, 0);
+    if (r < 0)
+        return r;
+    s->last_start = afk_os_now_ns();
+    refill(s, 0);
+    while (!s->owner_gone || s->n_workers > 0) {
+        struct pollfd fds[] = {{.fd = s->owner_gone ? -1 : options->control, .events = POLLIN},
+                               {.fd = s->taken[0], .events = POLLIN},
+                               {.fd = s->signals, .events = POLLIN},
+                               {.fd = s->owner_gone ? -1 : s->owner, .events = POLLIN}};
+        int n = wait(fds, 4, next_timeout_ms(s));
+        if (n < 0 && n != -EINTR)
+            return n;
+        if (n > 0 && fds[0].revents != 0)
+            take_messages(s);
+        note_taken(s);
+        if (n > 0 && fds[3].revents != 0)
+            s->owner_gone = true;
+        if (s->owner_gone)
+            end_standbys(s);
+        reap_all(s);
+        if (!s->owner_gone) {
+            make_due(s);
+            shrink_idle(s);
+        }
+    }
+    free(s->worker);
+    return 0;
+}
+
+/* ---- the standby --------------------------------------------------------------------------- */
+
+static sigset_t
+set_of(uint64_t bits)
+{
+    sigset_t set;
+    (void)sigemptyset(&set);
+    for (int sig = 1; sig < NSIG && sig <= 64; sig++)
+        if ((bits & (1ull << (sig - 1))) != 0)
+            (void)sigaddset(&set, sig);
+    return set;
+}
+
+static bool
+is_whole(const struct afk_start_message *head)
+{
+    size_t n_groups = head->n_groups > 0 ? (size_t)head->n_groups : 0;
+    uint64_t sum = (uint64_t)head->n_rlimits * sizeof(struct anyfork_rlimit) + head->cpus_bytes +
+                   (uint64_t)head->n_moves * sizeof(int32_t) + n_groups * sizeof(gid_t) +
+                   head->cwd_bytes + head->name_bytes;
+    return head->magic == AFK_ZYGOTE_MAGIC && head->version == AFK_ZYGOTE_VERSION &&
+           head->n_moves <= AFK_ZYGOTE_FDS_MAX && head->env_bytes <= head->body_bytes &&
+           head->pickle_bytes <= head->body_bytes &&
+           sum + head->env_bytes + head->pickle_bytes == head->body_bytes;
+}
+
+static int
+read_body(int fd, const struct afk_start_message *head, int memfd, char **ret_body)
+{
+    char *body = AFK_ALLOC("malloc(body)", malloc(head->body_bytes + 1));
+    size_t have = 0;
+    if (body == NULL)
+        return -ENOMEM;
+    while (have < head->body_bytes) {
+        ssize_t n = memfd >= 0 ? pread(memfd, body + have, head->body_bytes - have, (off_t)have)
+                               : read(fd, body + have, head->body_bytes - have);
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n <= 0) {
+            int r = n < 0 ? -errno : -EPIPE;
+            free(body);
+            return r;
+        }
+        have += (size_t)n;
+    }
+    body[have] = '\0';
+    *ret_body = body;
+    return 0;
+}
+
+/* The next `size` bytes. */
+static char *
+part(char **at, size_t size)
+{
+    char *p = *at;
+    *at += size;
+    return p;
+}
+
+static int
+take_environment(struct afk_setup *setup, char *block, uint64_t size, uint32_t n)
+{
+    const char **env = AFK_ALLOC("calloc(env)", calloc((size_t)n + 1, sizeof *env));
+    if (env == NULL)
+        return -ENOMEM;
+    char *end = block + size;
+    for (uint32_t i = 0; i < n; i++) {
+        char *zero = memchr(block, '\0', (size_t)(end - block));
+        if (zero == NULL) {
+            free(env);
+            return -EPROTO;
+        }
+        env[i] = block;
+        block = zero + 1;
+    }
+    setup->env = env;
+    setup->copies[setup->n_copies++] = env;
+    return 0;
+}
+
+/* Puts the descriptors where setup says. Numbers that the worker will use for something
+ * else are left by what has come. */
+static int
+take_fds(struct afk_start *start, const struct afk_start_message *head, int *fds, unsigned n_fds,
+         const int32_t *targets)
+{
+    struct afk_setup *setup = &start->setup;
+    unsigned at = 0;
+    setup->lowest = 3;
+    for (uint32_t i = 0; i < head->n_moves; i++)
+        if (targets[i] >= setup->lowest)
+            setup->lowest = targets[i] + 1;
+    for (unsigned i = 0; i < n_fds; i++) {
+        if (fds[i] >= setup->lowest)
+            continue;
+        int higher = afk_os_dup_above(fds[i], setup->lowest);
+        if (higher < 0)
+            return higher;
+        afk_os_close(fds[i]);
+        fds[i] = higher;
+    }
+    for (int i = 0; i < 3 && at < n_fds; i++) {
+        start->has_stream[i] = head->has_stream[i];
+        if (head->has_stream[i])
+            setup->move[setup->n_moves++] = (struct afk_fd_move){.from = fds[at++], .to = i};
+    }
+    for (uint32_t i = 0; i < head->n_moves && at < n_fds; i++)
+        setup->move[setup->n_moves++] = (struct afk_fd_move){.from = fds[at++], .to = targets[i]};
+    if (head->has_memfd)
+        at++;
+    start->cwd_fd = head->has_cwd && at < n_fds ? fds[at++] : -1;
+    setup->cgroup_procs = head->has_cgroup && at < n_fds ? fds[at++] : -1;
+    setup->cgroup_kill = head->has_cgroup_kill && at < n_fds ? fds[at++] : -1;
+    start->guard_fd = head->has_guard && at < n_fds ? fds[at++] : -1;
+    return at == n_fds ? 0 : -EPROTO;
+}
+
+static int
+unpack(struct afk_start *start, const struct afk_start_message *head, int *fds, unsigned n_fds)
+{
+    struct afk_setup *setup = &start->setup;
+    char *at = start->body;
+    size_t n_groups = head->n_groups > 0 ? (size_t)head->n_groups : 0;
+
+    setup->session = head->session;
+    setup->process_group = head->process_group;
+    setup->report_to = -1;
+    setup->fd_policy = head->fd_policy;
+    setup->sigint = head->sigint;
+    setup->mask = set_of(head->mask);
+    setup->ignored = set_of(head->ignored);
+    setup->defaults = set_of(head->defaults);
+    setup->lifeline_signal = head->lifeline_signal;
+    setup->lifeline_group = head->lifeline_group;
+    setup->guarded = head->guarded;
+    setup->umask = head->umask;
+    setup->oom_score_adj = head->oom_score_adj;
+    setup->nice = head->nice;
+    setup->n_groups = head->n_groups;
+    setup->user = head->user;
+    setup->group = head->group;
+    setup->n_rlimits = head->n_rlimits;
+    setup->rlimits = (const void *)part(&at, head->n_rlimits * sizeof *setup->rlimits);
+    char *cpus = part(&at, head->cpus_bytes);
+    const int32_t *targets = (const void *)part(&at, head->n_moves * sizeof *targets);
+    setup->groups = (const void *)part(&at, n_groups * sizeof *setup->groups);
+    char *cwd = part(&at, head->cwd_bytes), *name = part(&at, head->name_bytes);
+    char *env = part(&at, head->env_bytes);
+    setup->cwd = head->cwd_bytes > 0 ? cwd : NULL;
+    setup->name = head->name_bytes > 0 ? name : NULL;
+    start->pickle = at;
+    start->pickle_size = head->pickle_bytes;
+    start->guard_token = head->guard_token;
+    if ((head->cwd_bytes > 0 && cwd[head->cwd_bytes - 1] != '\0') ||
+        (head->name_bytes > 0 && name[head->name_bytes - 1] != '\0'))
+        return -EPROTO;
+    setup->move = AFK_ALLOC("calloc(moves)", calloc((size_t)head->n_moves + 3, sizeof *setup->move));
+    if (setup->move == NULL)
+        return -ENOMEM;
+    if (head->cpus_bytes > 0) {
+        setup->cpus = AFK_ALLOC("malloc(cpus)", malloc(head->cpus_bytes));
+        if (setup->cpus == NULL)
+            return -ENOMEM;
+        memcpy(setup->cpus, cpus, head->cpus_bytes);
+        setup->cpus_size = head->cpus_bytes;
+    }
+    int r = take_fds(start, head, fds, n_fds, targets);
+    if (r == 0 && head->has_env)
+        r = take_environment(setup, env, head->env_bytes, head->n_env);
+    return r;
+}
+
+int
+afk_start_receive(int fd, pid_t owner, struct afk_start *start)
+{
+    struct afk_start_message head;
+    struct ucred from = {.pid = -1};
+    int fds[AFK_ZYGOTE_FDS_MAX];
+    unsigned n_fds;
+
+    memset(start, 0, sizeof *start);
+    for (int i = 0; i < 3; i++)
+        start->setup.opened[i] = start->setup.owner_end[i] = -1;
+    start->setup.cgroup_dir = start->setup.cgroup_procs = start->setup.cgroup_kill = -1;
+    start->cwd_fd = start->guard_fd = -1;
+    /* The head is smaller than any piece that the kernel would cut a message into. */
+    ssize_t n = receive_with_fds(fd, &head, sizeof head, fds, AFK_ZYGOTE_FDS_MAX, &n_fds, &from, 0);
+    if (n <= 0)
+        return n == -ECONNRESET ? 0 : (int)n;
+    if (n != (ssize_t)sizeof head || !is_whole(&head))
+        return -EPROTO;
+    if (from.pid != owner || from.uid != getuid() || from.gid != getgid())
+        return -EPERM;
+    int memfd = -1;
+    unsigned streams = head.has_stream[0] + head.has_stream[1] + head.has_stream[2];
+    if (head.has_memfd && streams + head.n_moves < n_fds)
+        memfd = fds[streams + head.n_moves];
+    int r = read_body(fd, &head, memfd, &start->body);
+    afk_os_close(memfd);
+    if (r == 0)
+        r = unpack(start, &head, fds, n_fds);
+    return r < 0 ? r : 1;
+}

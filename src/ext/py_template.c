@@ -1,0 +1,126 @@
+/* The heap type _anyfork.Template over a template, as its owner holds it. */
+#include "ext.h"
+
+#include <errno.h>
+
+struct template_object {
+    PyObject_HEAD
+    struct afk_template *template;
+    int server_end; /* until it is taken */
+};
+
+static PyObject *
+template_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    struct anyfork_error error;
+    (void)args, (void)kwargs;
+    struct template_object *self = (struct template_object *)type->tp_alloc(type, 0);
+    if (self == NULL)
+        return NULL;
+    self->server_end = -1;
+    if (afk_template_new(&self->template, &self->server_end, &error) < 0) {
+        self->template = NULL;
+        Py_DECREF(self);
+        return ext_raise(&error, "zygote");
+    }
+    return (PyObject *)self;
+}
+
+static void
+template_dealloc(PyObject *op)
+{
+    struct template_object *self = (struct template_object *)op;
+    PyTypeObject *type = Py_TYPE(op);
+    PyObject_GC_UnTrack(op);
+    if (self->template != NULL)
+        afk_template_free(self->template);
+    afk_lifeline_close(&self->server_end);
+    type->tp_free(op);
+    Py_DECREF(type);
+}
+
+static int
+template_traverse(PyObject *op, visitproc visit, void *arg)
+{
+    Py_VISIT(Py_TYPE(op));
+    return 0;
+}
+
+struct afk_template *
+ext_template_of(PyObject *op)
+{
+    return ((struct template_object *)op)->template;
+}
+
+static PyObject *
+template_fileno(PyObject *op, PyObject *Py_UNUSED(args))
+{
+    return PyLong_FromLong(afk_template_fd(ext_template_of(op)));
+}
+
+static PyObject *
+template_server_end(PyObject *op, PyObject *Py_UNUSED(args))
+{
+    return PyLong_FromLong(((struct template_object *)op)->server_end);
+}
+
+static PyObject *
+template_drop_server_end(PyObject *op, PyObject *Py_UNUSED(args))
+{
+    afk_lifeline_close(&((struct template_object *)op)->server_end);
+    Py_RETURN_NONE;
+}
+
+static PyObject *
+template_hello(PyObject *op, PyObject *Py_UNUSED(args))
+{
+    int r = afk_template_hello(ext_template_of(op));
+    if (r >= 0)
+        return PyBool_FromLong(r);
+    struct anyfork_error error;
+    (void)AFK_FAIL(&error, ANYFORK_ESYSTEM, ANYFORK_STAGE_TEMPLATE, r == -EPIPE ? 0 : -r,
+                   r == -EPROTO ? "it is of another version of anyfork"
+                                : "it ended before it was ready");
+    return ext_raise(&error, "zygote");
+}
+
+static PyObject *
+template_want(PyObject *op, PyObject *arg)
+{
+    unsigned long n = PyLong_AsUnsignedLong(arg);
+    if (PyErr_Occurred())
+        return NULL;
+    return PyBool_FromLong(afk_template_want(ext_template_of(op), (unsigned)n) == 0);
+}
+
+static PyObject *
+template_counts(PyObject *op, PyObject *Py_UNUSED(args))
+{
+    struct afk_template_counts counts;
+    afk_template_counts(ext_template_of(op), &counts);
+    return Py_BuildValue("KK", (unsigned long long)counts.starts, (unsigned long long)counts.misses);
+}
+
+static PyMethodDef template_methods[] = {
+    {"fileno", template_fileno, METH_NOARGS, NULL},
+    {"server_end", template_server_end, METH_NOARGS, NULL},
+    {"drop_server_end", template_drop_server_end, METH_NOARGS, NULL},
+    {"hello", template_hello, METH_NOARGS, NULL},
+    {"want", template_want, METH_O, NULL},
+    {"counts", template_counts, METH_NOARGS, NULL},
+    {NULL, NULL, 0, NULL},
+};
+static PyType_Slot template_slots[] = {
+    {Py_tp_new, template_new},
+    {Py_tp_dealloc, template_dealloc},
+    {Py_tp_traverse, template_traverse},
+    {Py_tp_methods, template_methods},
+    {Py_tp_doc, "The owner's end of a template."},
+    {0, NULL},
+};
+PyType_Spec ext_template_spec = {
+    .name = "anyfork._anyfork.Template",
+    .basicsize = sizeof(struct template_object),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE,
+    .slots = template_slots,
+};
