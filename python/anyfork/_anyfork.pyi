@@ -92,6 +92,9 @@ class Template:
     def want(self, n: int, /) -> bool:
         """Ask for n more standbys at once; False if it is gone."""
 
+    def close(self) -> None:
+        """Only while no other thread uses it."""
+
     def counts(self) -> tuple[int, int]:
         """Starts, and how many of them found no standby ready."""
 

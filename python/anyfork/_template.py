@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from . import _anyfork, _exec, _pickling, _zygote
 from ._child import Child
-from ._errors import SpawnError
+from ._errors import SpawnError, WorkerDied
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -168,6 +168,7 @@ class Template:
             self._await(link, process)
         except BaseException:
             process.close()
+            link.close()
             raise
         return _Made(link, process, os.getpid(), path, argv)
 
@@ -182,7 +183,10 @@ class Template:
                 if link.hello():
                     return
             except SpawnError as failure:
-                raise process.exception(_DEATH_TIMEOUT) or failure from None
+                exc = process.exception(_DEATH_TIMEOUT)
+                if exc is None or isinstance(exc, WorkerDied):
+                    exc = SpawnError("template", failure.errno, METHOD, _ended(process))
+                raise exc from None
             left = end - time.monotonic()
             if left <= 0:
                 raise SpawnError(
@@ -294,6 +298,12 @@ class Template:
         made = self._made
         pid = made.process.pid if made is not None else None
         return f"<anyfork.Template {list(self._preload)} pid={pid}>"
+
+
+def _ended(process: Child) -> str:
+    code = process.returncode
+    status = "" if code is None else f", with status {code}" if code >= 0 else f", by signal {-code}"
+    return f"it ended before it was ready{status}"
 
 
 def _pickled(call: _pickling.Target) -> bytes:

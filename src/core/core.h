@@ -313,6 +313,9 @@ void afk_child_unref(struct anyfork_child *child);
  * table above, is its own from here on, or closed. */
 int afk_child_new_offered(struct anyfork_child **ret_child, pid_t pid, const int *fds,
                           struct anyfork_error *reterr);
+/* A forked child arms its lifeline, or lets go of it, before it reads our byte: what disarms
+ * it has to come after. Bounded, for it may be stopped. */
+void afk_child_await_armed(struct anyfork_child *child);
 /* The guard's socket for it, and the token: as afk_child_new() puts them in the plan. */
 int afk_child_guard(struct anyfork_child *child, int *ret_fd, uint64_t *ret_token,
                     struct anyfork_error *reterr);
@@ -411,7 +414,9 @@ struct afk_template;
 /* *ret_server_end goes to the template-to-be, and is closed by the caller. */
 int afk_template_new(struct afk_template **ret_template, int *ret_server_end,
                      struct anyfork_error *reterr);
-void afk_template_free(struct afk_template *template);
+/* Its descriptors, while no other thread uses it: what it has offered ends with them. */
+void afk_template_close(struct afk_template *template);
+void afk_template_free(struct afk_template *template); /* closes it too */
 int afk_template_fd(const struct afk_template *template); /* readable: it has said something */
 /* Reads its HELLO. 1; 0: not yet; or a negative errno: it is gone, or of another version. */
 int afk_template_hello(struct afk_template *template);
@@ -463,6 +468,7 @@ struct afk_start {
 /* Blocks. 1; 0: the owner has gone, or has dropped this standby; or a negative errno. Only
  * from `owner`. */
 int afk_start_receive(int fd, pid_t owner, struct afk_start *ret_start);
+void afk_start_armed(int fd); /* then */
 
 /* ---- errors --------------------------------------------------------------- */
 /* Fills *reterr if it is not NULL; returns `code`. */

@@ -820,10 +820,8 @@ anyfork_child_take_stdio(struct anyfork_child *child, int which)
     return fd;
 }
 
-/* A forked child arms its lifeline before it reads our byte: disarming has to come
- * after. Bounded, for it may be stopped. */
-static void
-await_armed(struct anyfork_child *child)
+void
+afk_child_await_armed(struct anyfork_child *child)
 {
     for (int tries = 0; tries < ARMED_TRIES && afk_child_poll(child) == 0; tries++) {
         (void)pthread_mutex_lock(&child->lock);
@@ -842,7 +840,7 @@ anyfork_child_detach(struct anyfork_child *child)
         return ANYFORK_EFOREIGN;
     if (child->in_process)
         return ANYFORK_EUNAVAILABLE;
-    await_armed(child);
+    afk_child_await_armed(child);
     (void)pthread_mutex_lock(&child->lock);
     int r = 0;
     if (!child->ended && !child->detached && child->life_read >= 0) {

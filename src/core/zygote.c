@@ -195,12 +195,18 @@ is_foreign(const struct afk_template *t)
 }
 
 void
+afk_template_close(struct afk_template *t)
+{
+    if (is_foreign(t))
+        return;
+    afk_lifeline_close(&t->control);
+    afk_proc_files_close(&t->files);
+}
+
+void
 afk_template_free(struct afk_template *t)
 {
-    if (!is_foreign(t)) {
-        afk_lifeline_close(&t->control); /* and with it what was offered: they end */
-        afk_proc_files_close(&t->files);
-    }
+    afk_template_close(t);
     free(t);
 }
 
@@ -621,6 +627,7 @@ send_start(struct afk_template *t, const struct afk_surroundings *now,
     }
     struct afk_child_view view;
     afk_child_view(child, &view);
+    out.vec[out.n_vec++] = (struct iovec){"g", 1}; /* read when it has armed its lifeline */
     r = send_with_fds(view.status_fd, out.vec, out.n_vec, out.fds, out.n_fds, MSG_DONTWAIT);
     if (r == -EPIPE || r == -ECONNRESET)
         r = -EAGAIN; /* it died after we looked: the next */
@@ -1192,6 +1199,16 @@ unpack(struct afk_start *start, const struct afk_start_message *head, int *fds, 
     if (r == 0 && head->has_env)
         r = take_environment(setup, env, head->env_bytes, head->n_env);
     return r;
+}
+
+void
+afk_start_armed(int fd)
+{
+    char go;
+    ssize_t n;
+    do
+        n = read(fd, &go, 1);
+    while (n < 0 && errno == EINTR);
 }
 
 int

@@ -12,7 +12,8 @@
  *     owner -> template   WANT    n standbys, at once
  *
  * Report socket (SOCK_STREAM), owner and standby: one START down, with the descriptors that
- * the worker needs; then the records of report.c come up, and from the template, last of
+ * the worker needs, and a byte that it reads once it has armed its lifeline, for which a
+ * detach waits (afk_child_new() has the same for a fork); then the records of report.c come up, and from the template, last of
  * all, STATUS.
  */
 #ifndef AFK_ZYGOTE_H

@@ -365,6 +365,7 @@ begin_start(PyObject *boot, struct afk_plan *plan, struct afk_start *start,
     own_descriptors(plan);
     afk_child_join_session(plan);
     arm_as_asked(plan, start);
+    afk_start_armed(plan->status_fd);
     int streams = place_descriptors(plan, start);
     afk_child_set_signals(plan);
     if (sigprocmask(SIG_SETMASK, &setup->mask, NULL) < 0)

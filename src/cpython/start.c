@@ -215,6 +215,11 @@ afk_start_zygote(const struct afk_method *method, const struct afk_job *job,
         }
         if (r == -ESTALE)
             return AFK_FAIL(reterr, AFK_STALE, ANYFORK_STAGE_TEMPLATE, 0, why);
+        if (r == 0 && job->setup->lifeline_signal == 0) {
+            Py_BEGIN_ALLOW_THREADS /* until then it would end with us */
+            afk_child_await_armed(*ret_child);
+            Py_END_ALLOW_THREADS
+        }
         if (r != -EAGAIN)
             return r;
         if (now >= deadline)

@@ -101,7 +101,15 @@ template_counts(PyObject *op, PyObject *Py_UNUSED(args))
     return Py_BuildValue("KK", (unsigned long long)counts.starts, (unsigned long long)counts.misses);
 }
 
+static PyObject *
+template_close(PyObject *op, PyObject *Py_UNUSED(args))
+{
+    afk_template_close(ext_template_of(op));
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef template_methods[] = {
+    {"close", template_close, METH_NOARGS, NULL},
     {"fileno", template_fileno, METH_NOARGS, NULL},
     {"server_end", template_server_end, METH_NOARGS, NULL},
     {"drop_server_end", template_drop_server_end, METH_NOARGS, NULL},

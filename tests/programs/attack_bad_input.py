@@ -63,9 +63,6 @@ def check_arguments(place: str) -> None:
     for method in (1, b"fork", ("fork",), object()):
         exc = nothing_started(lambda m=method: anyfork.spawn(int, method=m), TypeError)
         assert "str" in str(exc)
-    exc = nothing_started(lambda: anyfork.spawn(int), TypeError)
-    for name in known:
-        assert name in str(exc), exc
     nothing_started(lambda: anyfork.spawn(method="fork"), TypeError)  # type: ignore[call-arg]
     nothing_started(lambda: anyfork.spawn(fn=int, method="fork"), TypeError)  # type: ignore[call-arg]
     nothing_started(lambda: anyfork.spawn(int, method="fork", x=1), TypeError)  # type: ignore[call-arg]
