@@ -44,6 +44,7 @@ bench: .venv/ready
 	@tools/in python bench/bench_spawn.py
 	@tools/in python bench/bench_methods.py
 	@tools/in python bench/bench_lifeline.py
+	@tools/in python bench/bench_zygote.py
 
 clean:
 	rm -rf .venv build

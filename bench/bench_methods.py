@@ -5,7 +5,8 @@ and was reaped. A ratio is the median, over the rounds, of the peer's time to ou
 means that the peer takes twice as long. Each round runs both once, in random order.
 
 Peers: subprocess and os.posix_spawn for a program by exec; multiprocessing's spawn,
-fork and forkserver for a target by exec, by fork and by the launch pads; an interpreter
+fork and forkserver for a target by exec, by fork and by the launch pads, forkserver for
+zygote too, neither with anything preloaded (see bench_zygote.py); an interpreter
 of its own on a thread (PEP 734) for subint. A method that no peer is named for gets one
 by what its row says of it.
 """
@@ -102,6 +103,7 @@ FORKSERVER: Peer = ("multiprocessing forkserver", by_multiprocessing("forkserver
 INTERPRETER: Peer = ("interpreter on a thread", by_interpreter)
 # The nearest one of each method; see nearest_peer() for others.
 PEERS = {
+    "zygote": FORKSERVER,
     "exec": SPAWN,
     "fork": FORK,
     "subint_fork": FORKSERVER,

@@ -147,6 +147,8 @@ def _print_methods(
 def _doctor(args: argparse.Namespace) -> int:
     from . import _doctor
 
+    if args.template:
+        return _doctor.template_command(args.template, args.json)
     return _doctor.command(args.json)
 
 
@@ -213,6 +215,7 @@ _DOCTOR_END = """\
 Exit status: 0 if all of anyfork's own checks hold (bugs of CPython do not
              count), 1 if one does not, 2 on wrong usage.
 Example:     anyfork doctor > doctor.txt
+             anyfork doctor --template numpy myapp.jobs
 See also:    anyfork smoketest, for forks in every place that matters
 """
 _SMOKETEST = """\
@@ -268,7 +271,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--from", dest="origin", choices=ORIGINS, help="only from this interpreter (default: all)"
     )
-    add("doctor", "a report about this machine and Python", _DOCTOR, _DOCTOR_END, _doctor)
+    sub = add("doctor", "a report about this machine and Python", _DOCTOR, _DOCTOR_END, _doctor)
+    sub.add_argument(
+        "--template", nargs="+", metavar="MODULE",
+        help="instead: what these modules would mean as preload of a template",
+    )
     sub = add("smoketest", "fork in every place that matters", _SMOKETEST, _SMOKETEST_END,
               _smoketest)
     sub.add_argument(

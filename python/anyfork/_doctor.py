@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from . import __version__, _anyfork, _console, _kernel, _lab
+from . import __version__, _anyfork, _audit, _console, _kernel, _lab
 from ._errors import describe_status
 from ._install import is_installed
 from ._methods import methods
@@ -328,6 +328,39 @@ def command(as_json: bool) -> int:
     else:
         _show(report)
     return 1 if problems else 0
+
+
+def template_command(names: list[str], as_json: bool) -> int:
+    """`anyfork doctor --template MODULE...`; returns its exit status."""
+    with spawn(_audit.inspect, names, method="exec") as child:
+        modules, findings = child.result()
+    failed = [module for module in modules if module.error]
+    if as_json:
+        report = {
+            "modules": [module._asdict() for module in modules],
+            "findings": [finding._asdict() for finding in findings],
+        }
+        print(json.dumps(report, indent=2))
+        return 1 if failed or findings else 0
+    _console.table(
+        ["module", "import", "memory", "threads", "result"],
+        [
+            [
+                module.name,
+                f"{module.seconds * 1000:.1f} ms",
+                f"{module.kb / 1024:.1f} MB",
+                str(module.threads),
+                f"FAILED {module.error}" if module.error else "ok",
+            ]
+            for module in modules
+        ],
+        right={1, 2, 3},
+    )
+    for finding in findings:
+        print(f"refused: {finding}")
+    if not findings and not failed:
+        print("ok: a template may preload this")
+    return 1 if failed or findings else 0
 
 
 def _problems(report: dict[str, Any]) -> list[str]:

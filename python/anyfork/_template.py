@@ -13,7 +13,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 from . import _anyfork, _exec, _pickling, _zygote
 from ._child import Child
@@ -70,6 +70,8 @@ class Template:
         ``idle`` seconds, and otherwise.
       idle: seconds.
       timeout: seconds that it may take to load all that.
+      audit: what is done about threads, sockets and locked locks that it has then:
+        "refuse", or "warn" on standard error. `anyfork doctor --template` shows them.
 
     Its process is made by the first start, or by :meth:`warm`; and made again, of the same
     modules, by the first start after it has died, or after this process has changed its
@@ -88,6 +90,7 @@ class Template:
         standby: tuple[int, int] = (1, 4),
         idle: float = 60.0,
         timeout: float = 120.0,
+        audit: Literal["refuse", "warn"] = "refuse",
     ) -> None:
         if isinstance(preload, str):
             raise TypeError(f"preload: names of modules are wanted: [{preload!r}]")
@@ -102,6 +105,9 @@ class Template:
             raise ValueError(f"standby: 0 <= low <= high <= 256 is wanted, not {standby!r}")
         if not idle > 0 or not timeout > 0:
             raise ValueError("idle, timeout: seconds are wanted")
+        if audit not in ("refuse", "warn"):
+            raise ValueError(f"audit: 'refuse' or 'warn' is wanted, not {audit!r}")
+        self._audit = audit
         self._setup = setup
         self._standby = (low, high)
         self._idle = float(idle)
@@ -153,7 +159,15 @@ class Template:
             setup = None
             if self._setup is not None:
                 setup = pickle.dumps((None, None, None, _pickled((self._setup, ()))), protocol=5)
-            args = (_CONTROL_FD, os.getpid(), preload, setup, self._standby, self._idle)
+            args = (
+                _CONTROL_FD,
+                os.getpid(),
+                preload,
+                setup,
+                self._standby,
+                self._idle,
+                self._audit,
+            )
             process = _exec.start_target(
                 _zygote.serve,
                 args,
@@ -302,7 +316,9 @@ class Template:
 
 def _ended(process: Child) -> str:
     code = process.returncode
-    status = "" if code is None else f", with status {code}" if code >= 0 else f", by signal {-code}"
+    status = (
+        "" if code is None else f", with status {code}" if code >= 0 else f", by signal {-code}"
+    )
     return f"it ended before it was ready{status}"
 
 

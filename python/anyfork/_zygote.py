@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import gc
 import importlib
-import os
+import sys
 
-from . import _anyfork, _boot
+from . import _anyfork, _audit, _boot
 
 
 def serve(
@@ -16,6 +16,7 @@ def serve(
     setup: bytes | None,
     standby: tuple[int, int],
     idle: float,
+    audit: str,
 ) -> None:
     """The main program of a template; it returns once its owner and its workers have gone.
 
@@ -23,6 +24,7 @@ def serve(
     they have made is frozen: a collection in a worker would copy all of it.
     """
     gc.disable()
+    ours = _audit.open_sockets()
     for name in preload:
         try:
             importlib.import_module(name)
@@ -36,7 +38,14 @@ def serve(
         except BaseException as exc:
             exc.add_note("This was in a template, in its setup function.")
             raise
-    _refuse_threads()
+    found = [str(finding) for finding in _audit.findings(ours)]
+    if found and audit == "refuse":
+        raise RuntimeError(
+            "this cannot be a template: " + " | ".join(found) + " (or leave the module out of "
+            "preload; audit='warn' takes it as it is)"
+        )
+    for text in found:
+        print(f"anyfork template: {text}", file=sys.stderr)
     _boot.rehearse()
     _anyfork.set_title(": ".join(filter(None, ("anyfork template", ", ".join(preload)))))
     gc.collect()
@@ -44,23 +53,3 @@ def serve(
     gc.enable()
     low, high = standby
     _anyfork.serve(control, owner, low, high, idle)
-
-
-def _refuse_threads() -> None:
-    """A worker would not have them, but what they held."""
-    threads = [name for name in os.listdir("/proc/self/task") if int(name) != os.getpid()]
-    if not threads:
-        return
-    names = []
-    for thread in threads:
-        try:
-            with open(f"/proc/self/task/{thread}/comm") as f:
-                names.append(f.read().strip())
-        except OSError:  # it has ended
-            continue
-    if names:
-        raise RuntimeError(
-            f"a template must have no other threads, and has {len(names)}: {', '.join(names)}; "
-            "workers would not have them, but find locked what they had locked: start them in "
-            "the workers, or leave their module out of preload"
-        )

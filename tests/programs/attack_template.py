@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib.util
 import os
 import resource
 import select
@@ -629,3 +630,38 @@ def check_bad_input(place: str) -> None:
     exc = raises(TypeError, anyfork.run, give, threading.Lock())
     assert "lock" in str(exc) and "fork" in str(exc), exc
     raises(TypeError, anyfork.spawn, subprocess)
+
+
+def check_what_the_audit_finds(place: str) -> None:
+    for text, words in (
+        ("import socket\nS = socket.socket()\n", "socket"),
+        ("import threading\nLOCK = threading.Lock()\nLOCK.acquire()\n", ".LOCK"),
+        ("import threading\nLOCK = threading.RLock()\nLOCK.acquire()\n", ".LOCK"),
+        (
+            "import threading\n"
+            "class Pool:\n    def __init__(self): self.lock = threading.Lock()\n"
+            "POOL = Pool()\nPOOL.lock.acquire()\n",
+            "Pool.lock",
+        ),
+    ):
+        with module(text) as name:
+            exc = raises(RuntimeError, anyfork.Template([name]).warm)
+            assert words in str(exc), (text, exc)
+            with anyfork.Template([name], audit="warn") as template:
+                same(template.run(give, 1), 1)
+
+
+def multiply() -> float:
+    import numpy
+
+    return float((numpy.ones((300, 300)) @ numpy.ones((300, 300))).sum())
+
+
+@places("main")
+def check_pools_that_stop_for_a_fork(place: str) -> None:
+    """numpy's OpenBLAS has threads when it is loaded, and no more after a fork handler."""
+    if importlib.util.find_spec("numpy") is None:
+        print("numpy is not installed here", file=sys.stderr)
+        return
+    with anyfork.Template(["numpy"]) as template:
+        same([template.run(multiply) for _ in range(3)], [300.0**3] * 3)
