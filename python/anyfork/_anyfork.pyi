@@ -66,6 +66,9 @@ def spawn[ChildT: Child](
     ``template``: of a method that needs one; True: the program is one, and nobody's child.
     A str is the reason why the template has to be made again; nothing was started."""
 
+def begin_template(control: int, capabilities: tuple[int, int, int], /) -> None:
+    """Be a template-to-be: with no more capabilities than these, and nobody else has its socket."""
+
 def serve(control: int, owner: int, low: int, high: int, idle: float, /) -> None:
     """Be a template: until its owner has gone and all workers have ended."""
 
@@ -88,6 +91,9 @@ class Template:
     def drop_server_end(self) -> None: ...
     def hello(self) -> bool:
         """Whether it serves by now. Raises SpawnError."""
+
+    def capabilities(self) -> tuple[int, int, int]:
+        """Permitted, effective, inheritable: all that the template may have."""
 
     def want(self, n: int, /) -> bool:
         """Ask for n more standbys at once; False if it is gone."""

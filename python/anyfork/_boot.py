@@ -372,7 +372,8 @@ def set_environment(entries: list[bytes]) -> None:
     os.environb.clear()
     for entry in entries:
         name, _equals, value = entry.partition(b"=")
-        os.environb[name] = value
+        if name:  # some programs are given "=x"
+            os.environb[name] = value
 
 
 _resets: list[Callable[[], object]] = []
@@ -418,7 +419,13 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module == "__mp_main__" and module not in sys.modules:
             module = "__main__"
-        return super().find_class(module, name)
+        try:
+            return super().find_class(module, name)
+        except AttributeError:
+            if module != "__main__" or not _absent_main:
+                raise
+            _import_main(*_absent_main.pop())
+            return super().find_class("__mp_main__", name)
 
 
 def loads(data: bytes) -> Any:
@@ -426,6 +433,9 @@ def loads(data: bytes) -> Any:
     return _Unpickler(io.BytesIO(data)).load()
 
 
+# How to import what is __main__ in the owner, where a target came by value: what cannot be
+# pickled so, a function that functools.cache has wrapped, say, is found there after all.
+_absent_main: list[tuple[str, str]] = []
 importing_main = False  # a fresh interpreter is at it, for the sake of its target
 
 
@@ -434,23 +444,32 @@ def load(data: bytes) -> tuple[Callable[..., object], tuple[object, ...]]:
     its ``__main__`` as ours: imported under the name ``__mp_main__``, so that what is
     guarded by ``if __name__ == "__main__"`` does not run."""
     path, argv, main, payload = pickle.loads(data)
-    if path is not None:
+    if isinstance(path, tuple):  # the whole of it
+        sys.path[:] = path
+    elif path is not None:
         sys.path.extend(entry for entry in path if entry not in sys.path)
     if argv is not None:
         sys.argv = argv
     if main is not None:
-        from multiprocessing import spawn
-
-        global importing_main
-        kind, where = main
-        fix: Any = getattr(spawn, f"_fixup_main_from_{kind}")
-        importing_main = True
-        try:
-            fix(where)
-        finally:
-            importing_main = False
+        kind, where, needed = main
+        if needed:
+            _import_main(kind, where)
+        else:
+            _absent_main[:] = [(kind, where)]
     fn, args = loads(payload)
     return fn, args
+
+
+def _import_main(kind: str, where: str) -> None:
+    from multiprocessing import spawn
+
+    global importing_main
+    fix: Any = getattr(spawn, f"_fixup_main_from_{kind}")
+    importing_main = True
+    try:
+        fix(where)
+    finally:
+        importing_main = False
 
 
 def dumps(value: object) -> bytes:

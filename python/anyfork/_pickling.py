@@ -94,5 +94,5 @@ def pickled(call: Target, method: str, fresh: bool) -> bytes:
     """For ``_boot.load()`` in an interpreter that knows nothing of this one; or, not
     ``fresh``, in the main interpreter of this program."""
     data, names_main = by_reference(call, method)
-    main = main_program(method) if fresh and names_main else None
+    main = (*main_program(method), True) if fresh and names_main else None
     return pickle.dumps((search_path(), sys.argv, main, data), protocol=5)

@@ -28,6 +28,9 @@ METHOD = "zygote"
 _CONTROL_FD = 3  # of the template; its number there
 _TIMES_MADE = 3  # in one start
 _DEATH_TIMEOUT = 10.0
+# Behind what the owner has, for it may have the package by other means.
+_PACKAGE_PARENT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_LONG = 1e6  # seconds
 
 
 class _Process(Child):
@@ -110,13 +113,14 @@ class Template:
         self._audit = audit
         self._setup = setup
         self._standby = (low, high)
-        self._idle = float(idle)
-        self._timeout = float(timeout)
+        self._idle = min(float(idle), _LONG)
+        self._timeout = min(float(timeout), _LONG)
         self._lock = threading.Lock()
         self._made: _Made | None = None
         self._times_made = 0
         self._before = (0, 0)
         self._closed = False
+        self._maker: int | None = None
         _templates.add(self)
 
     # ---- making it ----------------------------------------------------------------
@@ -132,14 +136,24 @@ class Template:
 
     def _process(self) -> _Made:
         made = self._made
-        if made is not None and made.owner == os.getpid():
+        if made is not None and made.owner == os.getpid() and not self._closed:
             return made
+        me = threading.get_ident()
+        if self._maker == me:
+            raise RuntimeError(
+                "this template is being made, by this very thread: a signal handler cannot start "
+                "its first worker meanwhile"
+            )
         with self._lock:
             if self._closed:
                 raise ValueError("this template is closed")
             made = self._made
             if made is None or made.owner != os.getpid():
-                made = self._made = self._make()
+                self._maker = me
+                try:
+                    made = self._made = self._make()
+                finally:
+                    self._maker = None
                 self._times_made += 1
             return made
 
@@ -158,10 +172,12 @@ class Template:
         try:
             setup = None
             if self._setup is not None:
-                setup = pickle.dumps((None, None, None, _pickled((self._setup, ()))), protocol=5)
+                data, main = _pickled((self._setup, ()))
+                setup = pickle.dumps((None, None, main, data), protocol=5)
             args = (
                 _CONTROL_FD,
                 os.getpid(),
+                link.capabilities(),
                 preload,
                 setup,
                 self._standby,
@@ -197,6 +213,8 @@ class Template:
                 if link.hello():
                     return
             except SpawnError as failure:
+                if process.is_alive() and failure.errno:  # of another version, say
+                    raise
                 exc = process.exception(_DEATH_TIMEOUT)
                 if exc is None or isinstance(exc, WorkerDied):
                     exc = SpawnError("template", failure.errno, METHOD, _ended(process))
@@ -234,7 +252,7 @@ class Template:
         self, fn: Callable[..., object], args: tuple[object, ...], options: dict[str, Any] | None
     ) -> Child:
         """For :func:`anyfork.spawn`: ``options`` as ``_options.prepare()`` makes them."""
-        data = _pickled((fn, args))
+        data, main = _pickled((fn, args))
         why = ""
         for _ in range(_TIMES_MADE):
             made = self._process()
@@ -242,9 +260,9 @@ class Template:
             argv = sys.argv
             whole = pickle.dumps(
                 (
-                    None if path == made.path else path,
+                    None if path == made.path else (*path, _PACKAGE_PARENT),
                     None if argv == made.argv else argv,
-                    None,
+                    main,
                     data,
                 ),
                 protocol=5,
@@ -292,10 +310,17 @@ class Template:
 
     def close(self) -> None:
         """Start nothing any more. Workers that run go on."""
-        self._closed = True
+        with self._lock:
+            self._closed = True
         made = self._made
         if made is not None:
             self._discard(made)
+
+    def __del__(self) -> None:
+        made = getattr(self, "_made", None)
+        if made is not None:  # not killed, for it tells how its workers ended
+            with contextlib.suppress(Exception):
+                self._discard(made)
 
     def __enter__(self) -> Self:
         return self.warm()
@@ -322,22 +347,33 @@ def _ended(process: Child) -> str:
     return f"it ended before it was ready{status}"
 
 
-def _pickled(call: _pickling.Target) -> bytes:
-    """The target by reference where that can be found there, else by value."""
+def _pickled(call: _pickling.Target) -> tuple[bytes, tuple[str, str, bool] | None]:
+    """The target by reference where that can be found there, else by value; and then how to
+    import the program, for what cannot be pickled so."""
     try:
         data, names_main = _pickling.by_reference(call, METHOD)
     except TypeError:
         names_main = True
-    return _pickling.by_value(call, METHOD) if names_main else data
+    if not names_main:
+        return data, None
+    data = _pickling.by_value(call, METHOD)
+    try:
+        return data, (*_pickling.main_program(METHOD), False)
+    except TypeError:  # a REPL, or a notebook
+        return data, None
 
 
 _templates: weakref.WeakSet[Template] = weakref.WeakSet()
 _default: Template | None = None
+_making_default = threading.Lock()
 
 
 def _new_locks() -> None:
+    global _making_default
+    _making_default = threading.Lock()
     for template in list(_templates):
         template._lock = threading.Lock()
+        template._maker = None
 
 
 os.register_at_fork(after_in_child=_new_locks)
@@ -356,7 +392,9 @@ def default() -> Template:
     """The template of starts that name none."""
     global _default
     if _default is None:
-        _default = Template()
+        with _making_default:
+            if _default is None:
+                _default = Template()
     return _default
 
 

@@ -12,6 +12,7 @@ from . import _anyfork, _audit, _boot
 def serve(
     control: int,
     owner: int,
+    capabilities: tuple[int, int, int],
     preload: tuple[str, ...],
     setup: bytes | None,
     standby: tuple[int, int],
@@ -23,6 +24,7 @@ def serve(
     ``setup``: for _boot.load(). Nothing is collected while modules are loaded, and what
     they have made is frozen: a collection in a worker would copy all of it.
     """
+    _anyfork.begin_template(control, capabilities)
     gc.disable()
     ours = _audit.open_sockets()
     for name in preload:

@@ -61,6 +61,9 @@ bool afk_os_is_true_root(void);
 bool afk_os_child_would_be_init(void);
 /* This thread has unshared its children's pid namespace. */
 bool afk_os_children_are_elsewhere(void);
+/* Permitted, effective and inheritable ones of the calling thread. */
+int afk_os_capabilities(uint64_t ret[3]);
+int afk_os_limit_capabilities(const uint64_t most[3]);
 /* The flag O_ASYNC of an open file, and so whether anybody is told of its events. */
 int afk_os_stop_async(int fd);
 /* A stack for a child that shares this memory: its upper end is base + size. */
@@ -417,6 +420,8 @@ int afk_template_new(struct afk_template **ret_template, int *ret_server_end,
 /* Its descriptors, while no other thread uses it: what it has offered ends with them. */
 void afk_template_close(struct afk_template *template);
 void afk_template_free(struct afk_template *template); /* closes it too */
+/* Permitted, effective, inheritable: all that the template may have. */
+void afk_template_capabilities(const struct afk_template *template, uint64_t ret[3]);
 int afk_template_fd(const struct afk_template *template); /* readable: it has said something */
 /* Reads its HELLO. 1; 0: not yet; or a negative errno: it is gone, or of another version. */
 int afk_template_hello(struct afk_template *template);
@@ -440,6 +445,7 @@ int afk_template_wait(struct afk_template *template, int64_t timeout_ns);
 struct afk_server_options {
     int control;
     pid_t owner;
+    const struct afk_surroundings *around; /* of the template, and so of its workers */
     unsigned low, high; /* standbys: kept when idle, kept when busy */
     int64_t idle_ns;    /* without a start, before only `low` are kept */
 };

@@ -167,6 +167,10 @@ clone_orphan(struct afk_plan *plan, void *stack, int *ret_pidfd)
     while (pid > 0 && waitpid(pid, NULL, __WALL) < 0 && errno == EINTR)
         ;
     afk_os_unmap_stack(own_stack, CHILD_STACK);
+    if (r == 0 && between.pid < 0 && *ret_pidfd >= 0) { /* it was killed in between */
+        afk_os_close(*ret_pidfd);
+        *ret_pidfd = -1;
+    }
     return r < 0 ? r : between.pid;
 }
 

@@ -13,6 +13,8 @@
 #include <sched.h>
 #include <signal.h>
 #include <stdlib.h>
+#include <linux/securebits.h>
+#include <sys/prctl.h>
 #include <string.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
@@ -106,12 +108,18 @@ struct reading {
     uint64_t privileges;
     uint64_t ignored;
     int umask;
+    bool in_long_line;
     unsigned found; /* bits: umask, ids, capabilities, ignored */
 };
 
 static void
 take_line(struct reading *r, const char *line, size_t size)
 {
+    if (r->in_long_line) { /* the rest of it */
+        r->privileges = hash(r->privileges, line, size);
+        r->in_long_line = false;
+        return;
+    }
     /* Of proc(5), status: those by which the kernel judges what a process may do. */
     static const char *const names[] = {"Uid:",    "Gid:",    "Groups:", "NoNewPrivs:",
                                         "Seccomp", "CapInh:", "CapPrm:", "CapEff:",
@@ -173,6 +181,7 @@ read_status(int fd, struct reading *ret)
         have = (size_t)(end - line);
         if (have == STATUS_PIECE) {
             ret->privileges = hash(ret->privileges, line, have);
+            ret->in_long_line = true;
             have = 0;
         }
         if ((size_t)n < room) /* the kernel has written all of it */
@@ -291,7 +300,8 @@ afk_identity_read(const struct afk_proc_files *held, struct afk_identity *ret_id
     }
     if (r < 0)
         return r;
-    ret_identity->privileges = reading.privileges;
+    int securebits = prctl(PR_GET_SECUREBITS, 0, 0, 0, 0);
+    ret_identity->privileges = hash(reading.privileges, &securebits, sizeof securebits);
     ret_identity->session = (uint64_t)getsid(0);
     ret_around->umask = reading.umask;
     ret_around->ignored = reading.ignored;

@@ -8,6 +8,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <linux/capability.h>
 #include <poll.h>
 #include <pty.h>
 #include <stdio.h>
@@ -210,6 +211,34 @@ afk_os_children_are_elsewhere(void)
     ssize_t n = readlink("/proc/thread-self/ns/pid", mine, sizeof mine);
     ssize_t m = readlink(PID_FOR_CHILDREN, theirs, sizeof theirs);
     return n > 0 && m > 0 && (n != m || memcmp(mine, theirs, (size_t)n) != 0);
+}
+
+int
+afk_os_capabilities(uint64_t ret[3])
+{
+    struct __user_cap_header_struct head = {.version = _LINUX_CAPABILITY_VERSION_3};
+    struct __user_cap_data_struct data[2] = {{0, 0, 0}, {0, 0, 0}};
+    int r = AFK_SYS("capget", result(syscall(SYS_capget, &head, data)));
+    ret[0] = (uint64_t)data[1].permitted << 32 | data[0].permitted;
+    ret[1] = (uint64_t)data[1].effective << 32 | data[0].effective;
+    ret[2] = (uint64_t)data[1].inheritable << 32 | data[0].inheritable;
+    return r;
+}
+
+int
+afk_os_limit_capabilities(const uint64_t most[3])
+{
+    struct __user_cap_header_struct head = {.version = _LINUX_CAPABILITY_VERSION_3};
+    uint64_t now[3];
+    int r = afk_os_capabilities(now);
+    if (r < 0)
+        return r;
+    for (int i = 0; i < 3; i++)
+        now[i] &= most[i];
+    const struct __user_cap_data_struct data[2] = {
+        {(uint32_t)now[1], (uint32_t)now[0], (uint32_t)now[2]},
+        {(uint32_t)(now[1] >> 32), (uint32_t)(now[0] >> 32), (uint32_t)(now[2] >> 32)}};
+    return AFK_SYS("capset", result(syscall(SYS_capset, &head, data)));
 }
 
 int

@@ -572,6 +572,25 @@ reap(struct anyfork_child *child, bool block)
     afk_lifeline_close(&child->life_read);
 }
 
+/* The template's record, which is the last, was taken for the payload of one that the worker
+ * did not live to finish. */
+static void
+find_status_in_payload(struct anyfork_child *child)
+{
+    struct afk_report last;
+    size_t of_partial = child->partial_have, of_payload = sizeof last - of_partial;
+    if (child->payload == NULL || child->payload_have < of_payload)
+        return;
+    memcpy(&last, child->payload + child->payload_have - of_payload, of_payload);
+    memcpy((char *)&last + of_payload, &child->partial, of_partial);
+    if (afk_report_check(&last) < 0 || last.kind != AFK_REPORT_STATUS || last.payload_bytes != 0)
+        return;
+    child->has_wait_report = true;
+    child->wait_report = last.value;
+    child->payload_have = child->payload_size = 0;
+    child->outcome = 0;
+}
+
 /* Ended, and its status known, or not to be known any more. The lock is held. */
 static void
 end_offered(struct anyfork_child *child)
@@ -580,6 +599,8 @@ end_offered(struct anyfork_child *child)
     if (child->dead_since == 0)
         child->dead_since = afk_os_now_ns();
     drain(child);
+    if (!child->has_exit_report && !child->has_wait_report)
+        find_status_in_payload(child);
     if (child->has_exit_report) {
         status = child->exit_report;
         child->status_from = AFK_STATUS_FROM_REPORT;

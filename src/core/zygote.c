@@ -25,11 +25,10 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#define ENVIRONMENT_ROOM 8192
 #define OFFERS_TRIED 64              /* dead ones, in one start */
 #define REFILL_DELAY_NS ((int64_t)1000000) /* behind the user's first line */
 #define REFILL_AFTER_DEATH_NS ((int64_t)100000000)
-#define END_DELAY_NS ((int64_t)500000000)
-#define END_LOOK_MS 100
 #define TIMEOUT_MS_MAX 60000
 
 extern char **environ;
@@ -141,12 +140,36 @@ struct afk_template {
     int control;
     atomic_bool ready; /* has said HELLO */
     pid_t pid;
-    uint64_t ignored;  /* by the template, and so by its workers */
+    uint32_t ids[4];   /* that it has to have */
+    uint64_t capabilities[3]; /* and may have: an execution could give it more */
     struct afk_proc_files files;
     struct afk_identity identity;
-    struct afk_surroundings around;
+    struct afk_surroundings around; /* its own, once it is ready */
     atomic_ullong starts, misses;
 };
+
+/* The number of a standard stream that is closed is not for us: a host may open it. */
+static int
+above_streams(int *fd)
+{
+    if (*fd > 2)
+        return 0;
+    int higher = afk_os_dup_above(*fd, 3);
+    if (higher < 0)
+        return higher;
+    afk_os_close(*fd);
+    *fd = higher;
+    return 0;
+}
+
+static void
+take_ids(uint32_t ids[4])
+{
+    ids[0] = getuid();
+    ids[1] = geteuid();
+    ids[2] = getgid();
+    ids[3] = getegid();
+}
 
 int
 afk_template_new(struct afk_template **ret_template, int *ret_server_end,
@@ -167,6 +190,9 @@ afk_template_new(struct afk_template **ret_template, int *ret_server_end,
     int r = afk_proc_files_open(&t->files);
     if (r == 0)
         r = afk_identity_read(&t->files, &t->identity, &t->around);
+    take_ids(t->ids);
+    if (r == 0)
+        r = afk_os_capabilities(t->capabilities);
     if (r < 0) {
         afk_template_free(t);
         return AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_TEMPLATE, -r,
@@ -174,8 +200,11 @@ afk_template_new(struct afk_template **ret_template, int *ret_server_end,
     }
     bool begun = afk_lifeline_begin();
     r = afk_os_socketpair(pair, SOCK_SEQPACKET);
-    for (int i = 0; i < 2 && r == 0; i++)
-        r = afk_lifeline_register(pair[i], false);
+    for (int i = 0; i < 2 && r >= 0; i++) {
+        r = above_streams(&pair[i]);
+        if (r == 0)
+            r = afk_lifeline_register(pair[i], false);
+    }
     afk_lifeline_end(begun);
     t->control = pair[0];
     if (r < 0) {
@@ -208,6 +237,12 @@ afk_template_free(struct afk_template *t)
 {
     afk_template_close(t);
     free(t);
+}
+
+void
+afk_template_capabilities(const struct afk_template *t, uint64_t ret[3])
+{
+    memcpy(ret, t->capabilities, sizeof t->capabilities);
 }
 
 int
@@ -255,8 +290,9 @@ afk_template_hello(struct afk_template *t)
         return n < 0 ? (int)n : -EPIPE;
     if (!is_ours(&message, n) || message.op != AFK_ZYGOTE_HELLO)
         return -EPROTO;
-    t->pid = message.pid;
-    t->ignored = message.ignored;
+    if (memcmp(message.ids, t->ids, sizeof t->ids) != 0)
+        return -EPERM;
+    t->around = message.around;
     atomic_store(&t->ready, true);
     return 1;
 }
@@ -302,8 +338,11 @@ take_offer(struct afk_template *t, struct anyfork_child **ret_child, const char 
         ssize_t n = receive_with_fds(t->control, &message, sizeof message, fds, AFK_OFFER_FDS,
                                      &n_fds, NULL, MSG_DONTWAIT);
         int r = 0;
-        for (unsigned i = 0; i < n_fds && r == 0; i++)
-            r = afk_lifeline_register(fds[i], i == AFK_OFFER_LIFE_WRITE);
+        for (unsigned i = 0; i < n_fds && r == 0; i++) {
+            r = above_streams(&fds[i]);
+            if (r == 0)
+                r = afk_lifeline_register(fds[i], i == AFK_OFFER_LIFE_WRITE);
+        }
         afk_lifeline_end(begun);
         bool is_offer = n > 0 && is_ours(&message, n) && message.op == AFK_ZYGOTE_OFFER &&
                         n_fds == AFK_OFFER_FDS;
@@ -377,7 +416,8 @@ put_signals(struct outgoing *out, const struct afk_template *t, const struct afk
             const struct afk_surroundings *now)
 {
     const uint64_t apart = 1ull << (SIGCHLD - 1) | 1ull << (SIGINT - 1);
-    uint64_t more = now->ignored & ~t->ignored & ~apart, less = t->ignored & ~now->ignored & ~apart;
+    uint64_t more = now->ignored & ~t->around.ignored & ~apart;
+    uint64_t less = t->around.ignored & ~now->ignored & ~apart;
     out->head.mask = bits_of(&setup->mask);
     out->head.ignored = bits_of(&setup->ignored);
     out->head.defaults = bits_of(&setup->defaults);
@@ -425,22 +465,30 @@ is_same_folder(const struct afk_surroundings *a, const struct afk_surroundings *
     return a->cwd_device == b->cwd_device && a->cwd_inode == b->cwd_inode && a->cwd_inode != 0;
 }
 
-/* The environment in one block, of pointers and strings: n strings end to end. */
+/* n strings end to end. Another thread may set variables meanwhile: each is measured once. */
 static void
 put_environment(struct outgoing *out, const char *const *env, char **ret_block)
 {
-    size_t n = 0, size = 0;
-    for (; env != NULL && env[n] != NULL; n++)
-        size += strlen(env[n]) + 1;
-    char *block = AFK_ALLOC("malloc(environment)", malloc(size + 1)), *to = block;
+    size_t n = 0, room = ENVIRONMENT_ROOM, size = 0;
+    char *block = AFK_ALLOC("malloc(environment)", malloc(room));
+    for (; block != NULL && env != NULL && env[n] != NULL; n++) {
+        size_t length = strlen(env[n]);
+        if (size + length + 1 > room) {
+            room = 2 * (size + length + 1);
+            char *larger = realloc(block, room);
+            if (larger == NULL)
+                free(block);
+            block = larger;
+            if (block == NULL)
+                break;
+        }
+        memcpy(block + size, env[n], length);
+        block[size + length] = '\0';
+        size += length + 1;
+    }
     *ret_block = block;
     if (block == NULL)
         return;
-    for (size_t i = 0; i < n; i++) {
-        size_t length = strlen(env[i]) + 1;
-        memcpy(to, env[i], length);
-        to += length;
-    }
     out->head.has_env = 1;
     out->head.n_env = (uint32_t)n;
     out->head.env_bytes = size;
@@ -479,10 +527,8 @@ put_fds(struct outgoing *out, const struct afk_setup *setup, int guard_fd)
         if (out->head.has_stream[which])
             ok = ok && add_fd(out, from);
     }
-    for (; at < setup->n_moves; at++) {
-        out->targets[out->head.n_moves++] = setup->move[at].to;
+    for (; at < setup->n_moves; at++)
         ok = ok && add_fd(out, setup->move[at].from);
-    }
     if (out->memfd >= 0) {
         out->head.has_memfd = 1;
         ok = ok && add_fd(out, out->memfd);
@@ -504,6 +550,19 @@ put_fds(struct outgoing *out, const struct afk_setup *setup, int guard_fd)
         ok = ok && add_fd(out, guard_fd);
     }
     return ok;
+}
+
+/* What its socket takes at once. */
+static uint64_t
+body_room(struct anyfork_child *child)
+{
+    struct afk_child_view view;
+    int size = 0;
+    socklen_t length = sizeof size;
+    afk_child_view(child, &view);
+    if (getsockopt(view.status_fd, SOL_SOCKET, SO_SNDBUF, &size, &length) < 0 || size <= 0)
+        return 0;
+    return size / 3 < AFK_ZYGOTE_BODY_IN_MESSAGE ? (uint64_t)size / 3 : AFK_ZYGOTE_BODY_IN_MESSAGE;
 }
 
 static int
@@ -569,8 +628,9 @@ send_start(struct afk_template *t, const struct afk_surroundings *now,
         return AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_MEMORY, ENOMEM, "options");
     put_plain(&out, t, setup, now);
     out.vec[out.n_vec++] = (struct iovec){&out.head, sizeof out.head};
-    if (!put_limits(&out, t, setup, now, changed)) {
-        *ret_why = "its resource limits are lower than they are here now";
+    if (!put_limits(&out, t, setup, now, changed) || now->nice < t->around.nice ||
+        now->oom_score_adj < t->around.oom_score_adj) {
+        *ret_why = "its limits are lower, or its nice value higher, than here now";
         r = -ESTALE;
         goto out;
     }
@@ -592,7 +652,9 @@ send_start(struct afk_template *t, const struct afk_surroundings *now,
     }
     unsigned n_more = 0;
     for (unsigned i = 0; i < setup->n_moves; i++)
-        n_more += setup->move[i].to > 2;
+        if (setup->move[i].to > 2)
+            out.targets[n_more++] = setup->move[i].to;
+    out.head.n_moves = n_more;
     add_body(&out, out.targets, n_more * sizeof *out.targets);
     if (setup->n_groups > 0)
         add_body(&out, setup->groups, (size_t)setup->n_groups * sizeof *setup->groups);
@@ -613,7 +675,7 @@ send_start(struct afk_template *t, const struct afk_surroundings *now,
     }
     out.head.pickle_bytes = size;
     add_body(&out, pickle, size);
-    if (out.head.body_bytes > AFK_ZYGOTE_BODY_IN_MESSAGE) {
+    if (out.head.body_bytes > body_room(child)) {
         r = body_to_memfd(&out);
         if (r < 0) {
             r = AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_MEMORY, -r, "memfd of the target");
@@ -629,7 +691,7 @@ send_start(struct afk_template *t, const struct afk_surroundings *now,
     afk_child_view(child, &view);
     out.vec[out.n_vec++] = (struct iovec){"g", 1}; /* read when it has armed its lifeline */
     r = send_with_fds(view.status_fd, out.vec, out.n_vec, out.fds, out.n_fds, MSG_DONTWAIT);
-    if (r == -EPIPE || r == -ECONNRESET)
+    if (r == -EPIPE || r == -ECONNRESET || r == -EMSGSIZE)
         r = -EAGAIN; /* it died after we looked: the next */
     else if (r < 0)
         r = AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_HANDSHAKE, -r, "to the standby");
@@ -683,7 +745,7 @@ afk_template_start(struct afk_template *t, const struct afk_setup *setup, const 
 struct worker {
     pid_t pid;
     int report_fd; /* its own end: for STATUS */
-    bool taken;
+    bool taken, dismissed;
 };
 
 struct server {
@@ -700,7 +762,6 @@ struct server {
     int64_t refill_at;   /* 0: nothing to refill */
     int64_t last_start;
     bool owner_gone;
-    int64_t end_at;      /* of standbys, then */
 };
 
 static struct worker *
@@ -830,7 +891,8 @@ note_taken(struct server *s)
             if (worker == NULL || worker->taken)
                 continue;
             worker->taken = true;
-            s->ready--;
+            if (!worker->dismissed)
+                s->ready--;
             s->last_start = afk_os_now_ns();
             s->goal = s->options->high;
             refill(s, REFILL_DELAY_NS);
@@ -862,7 +924,7 @@ reap_all(struct server *s)
             continue; /* of a module that was preloaded */
         if (worker->report_fd >= 0) {
             tell_status(worker, status);
-            if (!worker->taken) {
+            if (!worker->taken && !worker->dismissed) {
                 s->ready--;
                 refill(s, REFILL_AFTER_DEATH_NS);
             }
@@ -897,6 +959,22 @@ make_due(struct server *s)
         s->refill_at = now + REFILL_AFTER_DEATH_NS;
 }
 
+static bool
+is_ready(const struct worker *worker)
+{
+    return !worker->taken && !worker->dismissed && worker->report_fd >= 0;
+}
+
+/* It reads the end of the file, and ends. What its owner has sent already it reads before
+ * that, and is started; what the owner sends from now on is refused by the socket. */
+static void
+dismiss(struct server *s, struct worker *worker)
+{
+    (void)shutdown(worker->report_fd, SHUT_RD);
+    worker->dismissed = true;
+    s->ready--;
+}
+
 /* Those that nobody has wanted for long are ended; the owner passes over them. */
 static void
 shrink_idle(struct server *s)
@@ -907,28 +985,20 @@ shrink_idle(struct server *s)
         return;
     s->goal = s->options->low;
     for (unsigned i = 0; i < s->n_workers && surplus > 0; i++) {
-        if (s->worker[i].taken || s->worker[i].report_fd < 0)
+        if (!is_ready(&s->worker[i]))
             continue;
-        /* Not if its owner is about to start it: then it has its message already. */
-        if (afk_os_unread(s->worker[i].report_fd) > 0)
-            continue;
-        (void)kill(s->worker[i].pid, SIGKILL);
+        dismiss(s, &s->worker[i]);
         surplus--;
     }
 }
 
-/* Nobody can start them any more. Most have seen that themselves; who was being started
- * when the owner died, to live on without it, has told so by now. */
+/* Nobody can start them any more, but for those that have been told already. */
 static void
 end_standbys(struct server *s)
 {
-    if (s->end_at == 0)
-        s->end_at = afk_os_now_ns() + END_DELAY_NS;
-    if (afk_os_now_ns() < s->end_at)
-        return;
     for (unsigned i = 0; i < s->n_workers; i++)
-        if (!s->worker[i].taken)
-            (void)kill(s->worker[i].pid, SIGKILL); /* ours, and not reaped */
+        if (is_ready(&s->worker[i]))
+            dismiss(s, &s->worker[i]);
 }
 
 static int
@@ -936,7 +1006,7 @@ next_timeout_ms(const struct server *s)
 {
     int64_t now = afk_os_now_ns(), until = now + (int64_t)TIMEOUT_MS_MAX * 1000000;
     if (s->owner_gone)
-        return s->end_at == 0 || now < s->end_at ? END_LOOK_MS : TIMEOUT_MS_MAX;
+        return TIMEOUT_MS_MAX;
     if (s->refill_at != 0 && s->refill_at < until)
         until = s->refill_at;
     if (s->options->idle_ns > 0 && s->ready > s->options->low &&
@@ -961,24 +1031,21 @@ open_server(struct server *s)
     if (r == 0)
         r = afk_lifeline_register(s->taken[0], false);
     if (r == 0)
-        r = afk_lifeline_register(s->options->control, false);
-    if (r == 0)
         r = s->owner = afk_os_pidfd_open(s->options->owner);
     if (r >= 0)
         r = afk_lifeline_register(s->owner, false);
     return r;
 }
 
-static uint64_t
-ignored_signals(void)
+/* Whoever reads what the owner wrote waits for the end of the file. */
+static void
+let_go_of_streams(void)
 {
-    uint64_t bits = 0;
-    struct sigaction now;
-    for (int sig = 1; sig < NSIG && sig <= 64; sig++)
-        if (sigaction(sig, NULL, &now) == 0 && (now.sa_flags & SA_SIGINFO) == 0 &&
-            now.sa_handler == SIG_IGN)
-            bits |= 1ull << (sig - 1);
-    return bits;
+    int null = afk_os_open(AT_FDCWD, "/dev/null", O_RDWR, 0);
+    for (int fd = 0; fd <= 2 && null >= 0; fd++)
+        (void)dup2(null, fd);
+    if (null > 2)
+        afk_os_close(null);
 }
 
 int
@@ -998,7 +1065,8 @@ afk_server_run(const struct afk_server_options *options, afk_fork_standby fork_s
     if (r < 0)
         return r;
     hello.pid = getpid();
-    hello.ignored = ignored_signals();
+    take_ids(hello.ids);
+    hello.around = *options->around;
     r = send_message(options->control, &hello, NULL, 0);
     if (r < 0)
         return r;
@@ -1017,8 +1085,10 @@ afk_server_run(const struct afk_server_options *options, afk_fork_standby fork_s
         note_taken(s);
         if (n > 0 && fds[3].revents != 0)
             s->owner_gone = true;
-        if (s->owner_gone)
+        if (s->owner_gone) {
             end_standbys(s);
+            let_go_of_streams();
+        }
         reap_all(s);
         if (!s->owner_gone) {
             make_due(s);
@@ -1050,7 +1120,7 @@ is_whole(const struct afk_start_message *head)
                    (uint64_t)head->n_moves * sizeof(int32_t) + n_groups * sizeof(gid_t) +
                    head->cwd_bytes + head->name_bytes;
     return head->magic == AFK_ZYGOTE_MAGIC && head->version == AFK_ZYGOTE_VERSION &&
-           head->n_moves <= AFK_ZYGOTE_FDS_MAX && head->env_bytes <= head->body_bytes &&
+           head->n_moves <= AFK_ZYGOTE_FDS_MAX && head->body_bytes < PTRDIFF_MAX && head->env_bytes <= head->body_bytes &&
            head->pickle_bytes <= head->body_bytes &&
            sum + head->env_bytes + head->pickle_bytes == head->body_bytes;
 }
@@ -1118,11 +1188,13 @@ take_fds(struct afk_start *start, const struct afk_start_message *head, int *fds
     struct afk_setup *setup = &start->setup;
     unsigned at = 0;
     setup->lowest = 3;
-    for (uint32_t i = 0; i < head->n_moves; i++)
-        if (targets[i] >= setup->lowest)
-            setup->lowest = targets[i] + 1;
+    for (uint32_t i = 0; i < head->n_moves; i++) {
+        if (targets[i] < setup->lowest || targets[i] == INT_MAX)
+            return -EPROTO; /* they ascend */
+        setup->lowest = targets[i] + 1;
+    }
     for (unsigned i = 0; i < n_fds; i++) {
-        if (fds[i] >= setup->lowest)
+        if (fds[i] < 0 || fds[i] >= setup->lowest)
             continue;
         int higher = afk_os_dup_above(fds[i], setup->lowest);
         if (higher < 0)
@@ -1233,11 +1305,15 @@ afk_start_receive(int fd, pid_t owner, struct afk_start *start)
     if (from.pid != owner || from.uid != getuid() || from.gid != getgid())
         return -EPERM;
     int memfd = -1;
-    unsigned streams = head.has_stream[0] + head.has_stream[1] + head.has_stream[2];
+    unsigned streams = 0u + !!head.has_stream[0] + !!head.has_stream[1] + !!head.has_stream[2];
     if (head.has_memfd && streams + head.n_moves < n_fds)
         memfd = fds[streams + head.n_moves];
+    head.has_memfd = memfd >= 0;
     int r = read_body(fd, &head, memfd, &start->body);
-    afk_os_close(memfd);
+    if (memfd >= 0) {
+        fds[streams + head.n_moves] = -1;
+        afk_os_close(memfd);
+    }
     if (r == 0)
         r = unpack(start, &head, fds, n_fds);
     return r < 0 ? r : 1;

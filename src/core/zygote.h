@@ -34,7 +34,8 @@ struct afk_zygote_message {
     uint16_t op;
     int32_t pid;     /* HELLO, OFFER */
     uint32_t number; /* WANT: how many; FAILED: errno */
-    uint64_t ignored; /* HELLO: signals that the template ignores */
+    uint32_t ids[4]; /* HELLO: real and effective user, group; and what it has around it */
+    struct afk_surroundings around;
 };
 
 enum { AFK_OFFER_REPORT, AFK_OFFER_LIFE_READ, AFK_OFFER_LIFE_WRITE, AFK_OFFER_PIDFD, AFK_OFFER_FDS };

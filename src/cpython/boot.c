@@ -355,7 +355,8 @@ begin_start(PyObject *boot, struct afk_plan *plan, struct afk_start *start,
 {
     struct afk_setup *setup = &start->setup;
     plan->setup = setup;
-    plan->n_keep = 0;
+    plan->keep++; /* not the first, with which the template was told */
+    plan->n_keep--;
     if (setup->fd_policy == ANYFORK_FDS_TOMBSTONE)
         setup->fd_policy = ANYFORK_FDS_INHERIT; /* they have been, since it was forked */
     raise_own(plan, &plan->status_fd);
@@ -366,6 +367,9 @@ begin_start(PyObject *boot, struct afk_plan *plan, struct afk_start *start,
     afk_child_join_session(plan);
     arm_as_asked(plan, start);
     afk_start_armed(plan->status_fd);
+    if (start->cwd_fd >= 0 && fchdir(start->cwd_fd) < 0)
+        afk_child_give_up(plan, ANYFORK_STAGE_OPTION, errno, "cwd");
+    afk_os_close(start->cwd_fd);
     int streams = place_descriptors(plan, start);
     afk_child_set_signals(plan);
     if (sigprocmask(SIG_SETMASK, &setup->mask, NULL) < 0)
@@ -375,9 +379,6 @@ begin_start(PyObject *boot, struct afk_plan *plan, struct afk_start *start,
     if (streams != 0 || interruptible)
         call_prelude(boot, reporter, PyObject_CallMethod(boot, "begin", "iN", streams,
                                                          PyBool_FromLong(interruptible)));
-    if (start->cwd_fd >= 0 && fchdir(start->cwd_fd) < 0)
-        afk_child_give_up(plan, ANYFORK_STAGE_OPTION, errno, "cwd");
-    afk_os_close(start->cwd_fd);
     afk_child_apply(plan);
     if (setup->name == NULL)
         afk_child_set_name("anyfork worker");

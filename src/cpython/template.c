@@ -75,10 +75,32 @@ keep_streams(struct serving *serving, struct anyfork_error *reterr)
                : AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_MEMORY, ENOMEM, "template");
 }
 
+/* Before the limit is raised: workers have what is found here. */
+static int
+look_around(struct afk_surroundings *ret, struct anyfork_error *reterr)
+{
+    struct afk_proc_files files;
+    struct afk_identity identity;
+    int r = afk_proc_files_open(&files);
+    if (r == 0) {
+        r = afk_identity_read(&files, &identity, ret);
+        afk_proc_files_close(&files);
+    }
+    return r < 0 ? AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_TEMPLATE, -r, "/proc") : 0;
+}
+
+static int
+serve(const struct afk_server_options *options, struct serving *serving, struct anyfork_error *reterr)
+{
+    int r = afk_server_run(options, fork_standby, wait_for_messages, serving);
+    return r < 0 ? AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_TEMPLATE, -r, "serving") : 0;
+}
+
 int
 afk_template_serve(const struct afk_server_options *options, struct anyfork_error *reterr)
 {
     struct serving serving = {.owner = options->owner};
+    struct afk_surroundings around;
     PyThreadState *from, *fresh;
     int r = afk_check_caller(reterr);
     if (r == 0)
@@ -96,11 +118,13 @@ afk_template_serve(const struct afk_server_options *options, struct anyfork_erro
         struct rlimit most;
         afk_layout_look_again();
         (void)getrlimit(RLIMIT_NOFILE, &serving.files);
+        r = look_around(&around, reterr);
         most = (struct rlimit){serving.files.rlim_max, serving.files.rlim_max};
         (void)setrlimit(RLIMIT_NOFILE, &most);
-        r = afk_server_run(options, fork_standby, wait_for_messages, &serving);
-        if (r < 0)
-            r = AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_TEMPLATE, -r, "serving");
+        struct afk_server_options with = *options;
+        with.around = &around;
+        if (r == 0)
+            r = serve(&with, &serving, reterr);
         afk_swap_back(fresh, from);
     }
     Py_XDECREF(serving.boot);

@@ -1,6 +1,8 @@
 /* The extension module anyfork._anyfork: glue, no logic. */
 #include "ext.h"
 
+#include <errno.h>
+#include <fcntl.h>
 #include <signal.h>
 #include <stdio.h>
 #include <string.h>
@@ -155,6 +157,28 @@ ext_exec_worker(PyObject *Py_UNUSED(module), PyObject *args)
     if (!PyArg_ParseTuple(args, "iy#", &fd, &pickle, &size))
         return NULL;
     afk_boot_run_executed(fd, pickle, (size_t)size);
+}
+
+/* begin_template(control fd, (permitted, effective, inheritable)): first of all, before any
+ * code of others runs in it. */
+static PyObject *
+ext_begin_template(PyObject *Py_UNUSED(module), PyObject *args)
+{
+    int control;
+    unsigned long long sets[3];
+    if (!PyArg_ParseTuple(args, "i(KKK)", &control, &sets[0], &sets[1], &sets[2]))
+        return NULL;
+    const uint64_t most[3] = {sets[0], sets[1], sets[2]};
+    int r = fcntl(control, F_SETFD, FD_CLOEXEC) < 0 ? -errno : 0;
+    if (r == 0)
+        r = afk_lifeline_register(control, false);
+    if (r == 0)
+        r = afk_os_limit_capabilities(most);
+    if (r < 0) {
+        errno = -r;
+        return PyErr_SetFromErrno(PyExc_OSError);
+    }
+    Py_RETURN_NONE;
 }
 
 /* serve(control fd, owner's pid, low, high, idle seconds): the main program of a template. */
@@ -421,6 +445,7 @@ static PyMethodDef functions[] = {
      "forkpty()\n--\n\nFork with a new pseudo-terminal; returns (pid, master fd)."},
     {"spawn", ext_spawn, METH_VARARGS, NULL},
     {"exec_worker", ext_exec_worker, METH_VARARGS, NULL},
+    {"begin_template", ext_begin_template, METH_VARARGS, NULL},
     {"serve", ext_serve, METH_VARARGS, NULL},
     {"stream_is_open", ext_stream_is_open, METH_O, NULL},
     {"set_title", ext_set_title, METH_O, NULL},

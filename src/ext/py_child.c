@@ -267,7 +267,12 @@ child_detach(PyObject *op, PyObject *Py_UNUSED(args))
     struct anyfork_child *child = borrow(self);
     if (child == NULL)
         return raise_closed();
-    int r = anyfork_child_detach(child);
+    int r, errnum;
+    Py_BEGIN_ALLOW_THREADS /* it waits for the worker's first steps */
+    r = anyfork_child_detach(child);
+    errnum = errno;
+    Py_END_ALLOW_THREADS
+    errno = errnum;
     return done(self, child, r, ANYFORK_STAGE_LIFELINE,
                 "it is a thread of this process, and ends with it");
 }

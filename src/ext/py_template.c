@@ -79,9 +79,19 @@ template_hello(PyObject *op, PyObject *Py_UNUSED(args))
         return PyBool_FromLong(r);
     struct anyfork_error error;
     (void)AFK_FAIL(&error, ANYFORK_ESYSTEM, ANYFORK_STAGE_TEMPLATE, r == -EPIPE ? 0 : -r,
-                   r == -EPROTO ? "it is of another version of anyfork"
+                   r == -EPERM    ? "this process changed its user or group meanwhile"
+                   : r == -EPROTO ? "it is of another version of anyfork"
                                 : "it ended before it was ready");
     return ext_raise(&error, "zygote");
+}
+
+static PyObject *
+template_capabilities(PyObject *op, PyObject *Py_UNUSED(args))
+{
+    uint64_t sets[3];
+    afk_template_capabilities(ext_template_of(op), sets);
+    return Py_BuildValue("KKK", (unsigned long long)sets[0], (unsigned long long)sets[1],
+                         (unsigned long long)sets[2]);
 }
 
 static PyObject *
@@ -114,6 +124,7 @@ static PyMethodDef template_methods[] = {
     {"server_end", template_server_end, METH_NOARGS, NULL},
     {"drop_server_end", template_drop_server_end, METH_NOARGS, NULL},
     {"hello", template_hello, METH_NOARGS, NULL},
+    {"capabilities", template_capabilities, METH_NOARGS, NULL},
     {"want", template_want, METH_O, NULL},
     {"counts", template_counts, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},

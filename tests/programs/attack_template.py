@@ -11,6 +11,7 @@ import resource
 import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -312,7 +313,7 @@ def check_standbys_that_die(place: str) -> None:
 
 
 def check_standbys_are_refilled_and_expire(place: str) -> None:
-    with anyfork.Template(standby=(1, 3), idle=0.5) as template:
+    with anyfork.Template(standby=(1, 3), idle=3.0) as template:
         pid = pid_of(template)
         until(lambda: len(children_of(pid)) == 3, "three standbys")
         template.run(give)
@@ -579,7 +580,7 @@ FAILING = {
     "import threading, time\n"
     "threading.Thread(target=time.sleep, args=(60,), daemon=True).start()": (
         RuntimeError,
-        "threads",
+        "thread: Thread-1",
     ),
 }
 
@@ -665,3 +666,113 @@ def check_pools_that_stop_for_a_fork(place: str) -> None:
         return
     with anyfork.Template(["numpy"]) as template:
         same([template.run(multiply) for _ in range(3)], [300.0**3] * 3)
+
+
+# ---- what a second pair of eyes has found ---------------------------------------------------
+
+
+def write_there(data: bytes, fd: int) -> int:
+    return os.write(fd, b"x") + len(data)
+
+
+def check_large_targets_with_descriptors(place: str) -> None:
+    r, w = os.pipe()
+    for there in (5, 50):
+        same(anyfork.run(write_there, bytes(200_000), there, fds={there: w}), 200_001)
+        same(os.read(r, 10), b"x")
+    os.close(r)
+    os.close(w)
+
+
+def change_directory_and_close(folder: str) -> str:
+    anyfork.warm()
+    os.chdir(folder)
+    name: str = anyfork.run(os.getcwd, fd_policy="close")
+    return name
+
+
+@places("main")
+def check_a_directory_of_now_with_all_closed(place: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        got = anyfork.run(change_directory_and_close, folder, method="exec")
+        same(got, os.path.realpath(folder))
+
+
+def without_capabilities() -> list[str]:
+    """An execution by root regains what capset(2) has taken."""
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    same(ctypes.CDLL(None).capset(header, (ctypes.c_uint32 * 6)()), 0)
+    with open("/proc/self/status") as f:
+        mine = [line for line in f if line.startswith(("CapPrm", "CapEff"))]
+    there: list[str] = anyfork.run(capability_lines)
+    return [line for line in there if line not in mine]
+
+
+def capability_lines() -> list[str]:
+    with open("/proc/self/status") as f:
+        return [line for line in f if line.startswith(("CapPrm", "CapEff"))]
+
+
+@places("main")
+def check_an_execution_regains_nothing(place: str) -> None:
+    if ROOT:
+        same(anyfork.run(without_capabilities, method="exec"), [])
+
+
+def with_many_groups() -> tuple[int, int]:
+    os.setgroups(range(100_000, 100_900))
+    before = len(anyfork.run(os.getgroups))
+    os.setgroups(range(100_000, 100_895))
+    return before, len(anyfork.run(os.getgroups))
+
+
+@places("main")
+def check_many_groups(place: str) -> None:
+    if ROOT:
+        same(anyfork.run(with_many_groups, method="exec"), (900, 895))
+
+
+def change_all_in_the_template() -> None:
+    os.chdir("/usr")
+    os.umask(0o123)
+    os.environ["ATTACK_OF_TEMPLATE"] = "1"
+
+
+def check_not_as_the_template_had_it(place: str) -> None:
+    mine = surroundings()
+    with anyfork.Template(setup=change_all_in_the_template) as template:
+        there = template.run(surroundings)
+    same(
+        {k: v for k, v in there.items() if k != "argv"},
+        {k: v for k, v in mine.items() if k != "argv"},
+    )
+
+
+def report_half(kind: int) -> None:
+    """A record of a result whose payload never comes."""
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            if int(name) > 2 and os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
+                head = struct.pack("<IHHiiQ40s", 0x314B4641, kind, 0, 0, 0, 30, b"")
+                os.write(int(name), head + b"x" * 10)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def check_half_a_result(place: str) -> None:
+    with anyfork.spawn(report_half, 3) as child:
+        died = raises(anyfork.WorkerDied, child.result, LIMIT)
+        same(died.returncode, -signal.SIGKILL)
+
+
+def check_a_closed_template_is_closed(place: str) -> None:
+    template = anyfork.Template()
+    same(template.run(give, 1), 1)
+    worker = template.spawn(sleep_for_ever)
+    worker.wait_ready(LIMIT)
+    template.close()
+    raises(ValueError, template.run, give)
+    time.sleep(0.7)
+    assert worker.is_alive()
+    worker.kill()
+    same(worker.wait(LIMIT), -signal.SIGKILL)
+    worker.close()

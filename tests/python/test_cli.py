@@ -56,7 +56,7 @@ def test_python_m_anyfork_is_the_command():
     [
         ([], "required: COMMAND"),
         (["nosuch"], "invalid choice"),
-        (["methods", "nosuch"], "known are: fork(), exec, fork, subint_fork"),
+        (["methods", "nosuch"], "known are: fork(), zygote, exec, fork, subint_fork"),
         (["methods", "--from", "nowhere"], "invalid choice"),
         (["smoketest", "--scenario", "nosuch"], "known are: control_subint_thread_fork"),
         (["doctor", "nosuch"], "unrecognized arguments"),
