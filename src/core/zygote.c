@@ -678,7 +678,7 @@ send_start(struct afk_template *t, const struct afk_surroundings *now,
     if (out.head.body_bytes > body_room(child)) {
         r = body_to_memfd(&out);
         if (r < 0) {
-            r = AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_MEMORY, -r, "memfd of the target");
+            r = AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_HANDSHAKE, -r, "memfd of the target");
             goto out;
         }
     }
