@@ -171,7 +171,8 @@ def check_options_outlive_the_stack_of_the_caller(place: str) -> None:
 
 
 def streams() -> list[str | None]:
-    here = open_here()
+    # ctypes, which is imported with this module, may keep libffi open.
+    here = {fd: path for fd, path in open_here().items() if ".so" not in path}
     return [here.get(fd) for fd in range(3)]
 
 
@@ -456,7 +457,8 @@ def check_nothing_else_is_inherited(place: str) -> None:
                 left = sorted(fd for fd, path in there.items() if fd > 2 and ".so" not in path)
                 same((method, left), (method, [3]))
             elif method == "zygote":  # nothing of the template: report socket and lifeline
-                left = sorted(path.partition(":")[0] for fd, path in there.items() if fd > 2)
+                paths = [path for fd, path in there.items() if fd > 2 and ".so" not in path]
+                left = sorted(path.partition(":")[0] for path in paths)
                 same((method, left), (method, ["pipe", "socket"]))
             else:
                 same((method, there[secret.fileno()]), (method, "/"))

@@ -278,6 +278,7 @@ def check_a_namespace_of_one_thread(place: str) -> None:
 # ---- ends -----------------------------------------------------------------------------------
 
 
+@places("main", "isolated")
 def check_a_template_that_dies(place: str) -> None:
     """Live workers go on, and their status is not lost; the next start has a new one."""
     with anyfork.Template(standby=(1, 2)) as template:
@@ -300,6 +301,7 @@ def check_a_template_that_dies(place: str) -> None:
             worker.close()
 
 
+@places("main", "isolated")
 def check_standbys_that_die(place: str) -> None:
     with anyfork.Template(standby=(2, 4)) as template:
         pid = pid_of(template)
@@ -312,6 +314,7 @@ def check_standbys_that_die(place: str) -> None:
         same(template.stats().made, 1)
 
 
+@places("main", "isolated")
 def check_standbys_are_refilled_and_expire(place: str) -> None:
     with anyfork.Template(standby=(1, 3), idle=3.0) as template:
         pid = pid_of(template)
@@ -328,6 +331,7 @@ def die_by(sig: int) -> None:
     time.sleep(LIMIT)
 
 
+@places("main", "isolated")
 def check_status_of_every_end(place: str) -> None:
     with anyfork.Template(standby=(1, 3)) as template:
         for sig in (signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV, signal.SIGABRT):
@@ -429,10 +433,12 @@ def run_one_more(depth: int) -> int:
     return 1 + (anyfork.run(run_one_more, depth - 1) if depth else 0)
 
 
+@places("main", "isolated")
 def check_workers_of_workers(place: str) -> None:
     same(anyfork.run(run_one_more, 2), 3)
 
 
+@places("main", "isolated")
 def check_starts_of_many_threads(place: str) -> None:
     answers: list[int] = []
     with anyfork.Template(standby=(2, 4)) as template:
@@ -450,6 +456,7 @@ def check_starts_of_many_threads(place: str) -> None:
         same((started(template), template.stats().made), (40, 1))
 
 
+@places("main", "isolated")
 def check_a_burst(place: str) -> None:
     with anyfork.Template(standby=(1, 4)) as template:
         children = [template.spawn(give, n) for n in range(60)]
@@ -461,6 +468,7 @@ def check_a_burst(place: str) -> None:
 # ---- targets -------------------------------------------------------------------------------------
 
 
+@places("main", "isolated")
 def check_targets_without_a_name(place: str) -> None:
     factor = 3
 
@@ -482,6 +490,7 @@ def check_targets_without_a_name(place: str) -> None:
     raises(Refused, anyfork.run, fail)
 
 
+@places("main", "isolated")
 def check_targets_of_any_size(place: str) -> None:
     for size in (0, 1000, 65_000, 66_000, 10_000_000):
         same((size, anyfork.run(len, bytes(size))), (size, size))
@@ -491,6 +500,7 @@ def read_all(fds: list[int]) -> list[bytes]:
     return [os.read(fd, 10) for fd in fds]
 
 
+@places("main", "isolated")
 def check_many_descriptors_at_once(place: str) -> None:
     pairs = [os.pipe() for _ in range(100)]
     try:
@@ -516,6 +526,7 @@ def open_here() -> list[str]:
     return sorted(path for path in found if path in ("socket", "pipe", "anon_inode"))
 
 
+@places("main", "isolated")
 def check_nothing_of_the_template_is_reachable(place: str) -> None:
     """Its report socket and its lifeline, both ends elsewhere."""
     with anyfork.Template(standby=(4, 8)) as template:
@@ -550,6 +561,7 @@ def set_value(name: str, value: int) -> None:
     sys.modules[name].VALUE = value  # type: ignore[attr-defined]
 
 
+@places("main", "isolated")
 def check_preloads(place: str) -> None:
     with module("VALUE = 1\n") as name:
         with anyfork.Template([name]) as template:
@@ -561,6 +573,7 @@ def check_preloads(place: str) -> None:
             same(template.run(imported, name), (True, 3))
 
 
+@places("main", "isolated")
 def check_preloads_are_reloaded(place: str) -> None:
     with module("VALUE = 1\n") as name, anyfork.Template([name]) as template:
         same(template.run(imported, name), (True, 1))
@@ -585,6 +598,7 @@ FAILING = {
 }
 
 
+@places("main", "isolated")
 def check_preloads_that_fail(place: str) -> None:
     for text, (kind, words) in FAILING.items():
         with module(text) as name:
@@ -596,6 +610,7 @@ def check_preloads_that_fail(place: str) -> None:
             template.close()
 
 
+@places("main", "isolated")
 def check_a_preload_that_hangs(place: str) -> None:
     with module("import time; time.sleep(1000)") as name:
         template = anyfork.Template([name], timeout=0.5)
@@ -604,12 +619,14 @@ def check_a_preload_that_hangs(place: str) -> None:
         template.close()
 
 
+@places("main", "isolated")
 def check_a_preload_that_forks(place: str) -> None:
     text = "import os\nPID = os.fork()\nif PID == 0:\n    os._exit(5)\n"
     with module(text) as name, anyfork.Template([name]) as template:
         same([template.run(give, n) for n in range(6)], list(range(6)))
 
 
+@places("main", "isolated")
 def check_bad_input(place: str) -> None:
     for kind, arguments in (
         (TypeError, {"preload": "json"}),
@@ -633,6 +650,7 @@ def check_bad_input(place: str) -> None:
     raises(TypeError, anyfork.spawn, subprocess)
 
 
+@places("main", "isolated")
 def check_what_the_audit_finds(place: str) -> None:
     for text, words in (
         ("import socket\nS = socket.socket()\n", "socket"),
@@ -675,6 +693,7 @@ def write_there(data: bytes, fd: int) -> int:
     return os.write(fd, b"x") + len(data)
 
 
+@places("main", "isolated")
 def check_large_targets_with_descriptors(place: str) -> None:
     r, w = os.pipe()
     for there in (5, 50):
@@ -738,6 +757,7 @@ def change_all_in_the_template() -> None:
     os.environ["ATTACK_OF_TEMPLATE"] = "1"
 
 
+@places("main", "isolated")
 def check_not_as_the_template_had_it(place: str) -> None:
     mine = surroundings()
     with anyfork.Template(setup=change_all_in_the_template) as template:
@@ -758,12 +778,14 @@ def report_half(kind: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@places("main", "isolated")
 def check_half_a_result(place: str) -> None:
     with anyfork.spawn(report_half, 3) as child:
         died = raises(anyfork.WorkerDied, child.result, LIMIT)
         same(died.returncode, -signal.SIGKILL)
 
 
+@places("main", "isolated")
 def check_a_closed_template_is_closed(place: str) -> None:
     template = anyfork.Template()
     same(template.run(give, 1), 1)
