@@ -28,6 +28,9 @@ LEFT_OUT = {
     ("valgrind", "name"): "what the kernel says of the command line's place is not true of its "
     "program, so that the write there is invalid for it",
     ("tsan", "exec"): CLONE,
+    ("tsan", "zygote"): CLONE,
+    ("valgrind", "zygote"): "it makes a fork of a clone that shares memory, through which the "
+    "template's pid is told",
     ("tsan", "guard"): CLONE,
     ("tsan", "subint_forkserver"): "it gives up a forked child of a process with threads that "
     "starts one itself (dup thread with used id)",
