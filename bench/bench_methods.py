@@ -27,6 +27,8 @@ import time
 import warnings
 from collections.abc import Callable
 
+from load import busy
+
 import anyfork
 
 Timed = tuple[float, float]
@@ -202,17 +204,8 @@ def main() -> int:
     warnings.simplefilter("ignore", DeprecationWarning)
     heap = bytearray(options.heap << 20)
     heap[::4096] = b"\1" * len(heap[::4096])
-    stop: list[bool] = []
-
-    def spin() -> None:
-        while not stop:
-            sum(range(500))
-
-    threads = [threading.Thread(target=spin) for _ in range(options.busy)]
-    for thread in threads:
-        thread.start()
     rows = []
-    try:
+    with busy(options.busy):
         todo = pairs()
         for n, (name, mine, peer_name, peer) in enumerate(todo, 1):
             print(f"[{n}/{len(todo)}] {name} and {peer_name}", file=sys.stderr, flush=True)
@@ -220,10 +213,6 @@ def main() -> int:
             rows.append(
                 row(name, results[0], peer_name, results[1], options.busy, options.heap)
             )
-    finally:
-        stop.append(True)
-        for thread in threads:
-            thread.join()
     if options.json:
         json.dump(rows, sys.stdout, indent=1)
         print()

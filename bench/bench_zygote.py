@@ -12,7 +12,6 @@ template that keeps no standbys.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
 import json
 import multiprocessing
@@ -20,13 +19,13 @@ import os
 import random
 import statistics
 import sys
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import zygote_targets
+from load import busy
 
 import anyfork
 
@@ -79,25 +78,6 @@ def by_fork() -> Timed:
     os.close(r)
     os.close(w)
     return (called - start) / 1e3, (stamp - start) / 1e3
-
-
-@contextlib.contextmanager
-def busy(n: int) -> Iterator[None]:
-    stop: list[bool] = []
-
-    def spin() -> None:
-        while not stop:
-            sum(range(500))
-
-    threads = [threading.Thread(target=spin) for _ in range(n)]
-    for thread in threads:
-        thread.start()
-    try:
-        yield
-    finally:
-        stop.append(True)
-        for thread in threads:
-            thread.join()
 
 
 def measure(ours: Callable[[], Timed], peer: Callable[[], Timed], rounds: int) -> dict[str, float]:

@@ -95,9 +95,6 @@ class Template:
     def capabilities(self) -> tuple[int, int, int]:
         """Permitted, effective, inheritable: all that the template may have."""
 
-    def want(self, n: int, /) -> bool:
-        """Ask for n more standbys at once; False if it is gone."""
-
     def close(self) -> None:
         """Only while no other thread uses it."""
 

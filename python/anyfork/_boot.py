@@ -480,13 +480,10 @@ def dumps(value: object) -> bytes:
         cloudpickle: Any = sys.modules.get("cloudpickle")
         if cloudpickle is None:
             raise
-        try:
+        with contextlib.suppress(Exception):
             data: bytes = cloudpickle.dumps(value, protocol=5)
-        except Exception:
-            data = b""
-        if not data:
-            raise
-        return data
+            return data
+        raise
 
 
 def rehearse() -> None:

@@ -24,6 +24,13 @@ class _Pickler(pickle.Pickler):
         return NotImplemented
 
 
+def _refused(method: str, exc: Exception) -> TypeError:
+    return TypeError(
+        f"{method}: the target runs in another interpreter, so it and its arguments must be "
+        f"picklable: {type(exc).__name__}: {exc}. Or use method='fork'"
+    )
+
+
 def by_reference(call: Target, method: str) -> tuple[bytes, bool]:
     """The pickle, and whether something in it is defined in ``__main__``. TypeError."""
     buffer = io.BytesIO()
@@ -31,10 +38,7 @@ def by_reference(call: Target, method: str) -> tuple[bytes, bool]:
     try:
         pickler.dump(call)
     except Exception as exc:
-        raise TypeError(
-            f"{method}: the target runs in another interpreter, so it and its arguments must be "
-            f"picklable: {type(exc).__name__}: {exc}. Or use method='fork'"
-        ) from exc
+        raise _refused(method, exc) from exc
     return buffer.getvalue(), pickler.names_main
 
 
@@ -46,10 +50,7 @@ def by_value(call: Target, method: str) -> bytes:
     try:
         data: bytes = cloudpickle.dumps(call, protocol=5)
     except Exception as exc:
-        raise TypeError(
-            f"{method}: the target runs in another interpreter, so it and its arguments must be "
-            f"picklable: {type(exc).__name__}: {exc}. Or use method='fork'"
-        ) from exc
+        raise _refused(method, exc) from exc
     return data
 
 

@@ -41,6 +41,8 @@ const char *afk_fault_last(void);
 int afk_os_pipe(int ret_fds[2], int flags);
 int afk_os_socketpair(int ret_fds[2], int type); /* SOCK_STREAM, say */
 int afk_os_dup_above(int fd, int lowest);
+/* *fd gets a number from `lowest` on, if it has a lower one; negative: left alone. */
+int afk_os_raise(int *fd, int lowest);
 /* A thread of ours: the host's signals are not for it. Or one for its caller's code, with
  * the caller's mask: what it starts itself inherits it. */
 int afk_os_thread(pthread_t *ret_thread, void *(*run)(void *), void *arg, bool for_signals);
@@ -72,7 +74,6 @@ void afk_os_unmap_stack(void *base, size_t size);
 ssize_t afk_os_read(int fd, void *buf, size_t size);
 int afk_os_write_all(int fd, const void *buf, size_t size);
 int afk_os_send(int fd, const void *message, size_t size);
-int afk_os_unread(int fd);         /* bytes that are there to be read */
 int afk_os_unread_by_peer(int fd); /* bytes in flight of a socket, unix(7) */
 bool afk_os_hung_up(int fd); /* the other end of a socket is gone */
 void afk_os_close(int fd);

@@ -65,13 +65,9 @@ afk_proc_files_open(struct afk_proc_files *ret)
         int flags = to[i] == &ret->ns ? O_PATH | O_DIRECTORY : O_RDONLY;
         bool begun = afk_lifeline_begin();
         int fd = afk_os_open(AT_FDCWD, paths[i], flags, 0);
-        if (fd >= 0 && fd <= 2) { /* the number of a standard stream, which is closed here */
-            int higher = afk_os_dup_above(fd, 3);
-            afk_os_close(fd);
-            fd = higher;
-        }
-        /* A forked child would read of its parent. */
-        int r = fd < 0 ? fd : afk_lifeline_register(fd, false);
+        int r = fd < 0 ? fd : afk_os_raise(&fd, 3); /* a closed stream's number is not for us */
+        if (r == 0) /* a forked child would read of its parent */
+            r = afk_lifeline_register(fd, false);
         afk_lifeline_end(begun);
         *to[i] = fd < 0 ? -1 : fd;
         if (r < 0) {

@@ -336,14 +336,9 @@ prepare_cgroup(struct afk_setup *setup, const struct anyfork_options *o,
         if (setup->cgroup_kill < 0)
             return refused(reterr, -setup->cgroup_kill, "cgroup: %s/cgroup.kill", o->cgroup);
     }
-    if (setup->cgroup_procs < setup->lowest) { /* the worker will have that number itself */
-        int fd = afk_os_dup_above(setup->cgroup_procs, setup->lowest);
-        if (fd < 0)
-            return refused(reterr, -fd, "cgroup: %s", o->cgroup);
-        afk_os_close(setup->cgroup_procs);
-        setup->cgroup_procs = fd;
-    }
-    return 0;
+    /* The worker will have lower numbers itself. */
+    int r = afk_os_raise(&setup->cgroup_procs, setup->lowest);
+    return r < 0 ? refused(reterr, -r, "cgroup: %s", o->cgroup) : 0;
 }
 
 /* ---- the program ----------------------------------------------------------------- */

@@ -62,6 +62,19 @@ afk_os_dup_above(int fd, int lowest)
 }
 
 int
+afk_os_raise(int *fd, int lowest)
+{
+    if (*fd < 0 || *fd >= lowest)
+        return 0;
+    int r = afk_os_dup_above(*fd, lowest);
+    if (r < 0)
+        return r;
+    afk_os_close(*fd);
+    *fd = r;
+    return 0;
+}
+
+int
 afk_os_thread(pthread_t *ret_thread, void *(*run)(void *), void *arg, bool for_signals)
 {
     sigset_t all, old;
@@ -312,13 +325,6 @@ afk_os_unread_by_peer(int fd)
 {
     int n = 0;
     return ioctl(fd, TIOCOUTQ, &n) < 0 ? -errno : n; /* SIOCOUTQ, by its older name */
-}
-
-int
-afk_os_unread(int fd)
-{
-    int n = 0;
-    return ioctl(fd, FIONREAD, &n) < 0 ? -errno : n;
 }
 
 bool

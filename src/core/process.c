@@ -270,20 +270,6 @@ keep_write_end_last(struct anyfork_child *child, int worker_end)
     return 0;
 }
 
-/* *fd becomes a number that the worker does not need for something else. */
-static int
-raise_above(int *fd, int lowest)
-{
-    if (*fd >= lowest)
-        return 0;
-    int r = afk_os_dup_above(*fd, lowest);
-    if (r < 0)
-        return r;
-    afk_os_close(*fd);
-    *fd = r;
-    return 0;
-}
-
 int
 afk_child_new(struct anyfork_child **ret_child, struct afk_plan *plan,
               const struct afk_child_wants *wants, struct anyfork_error *reterr)
@@ -296,7 +282,7 @@ afk_child_new(struct anyfork_child **ret_child, struct afk_plan *plan,
         return AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_MEMORY, ENOMEM, "worker handle");
     int r = make_report_socket(child, &status_fd);
     if (r == 0)
-        r = raise_above(&status_fd, wants->lowest);
+        r = afk_os_raise(&status_fd, wants->lowest);
     if (r < 0)
         goto fail;
     if (wants->lifeline) {

@@ -25,6 +25,8 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+/* The number of a standard stream that is closed is not for us: a host may open it. */
+#define ABOVE_STREAMS 3
 #define ENVIRONMENT_ROOM 8192
 #define OFFERS_TRIED 64              /* dead ones, in one start */
 #define REFILL_DELAY_NS ((int64_t)1000000) /* behind the user's first line */
@@ -139,7 +141,6 @@ struct afk_template {
     unsigned generation;
     int control;
     atomic_bool ready; /* has said HELLO */
-    pid_t pid;
     uint32_t ids[4];   /* that it has to have */
     uint64_t capabilities[3]; /* and may have: an execution could give it more */
     struct afk_proc_files files;
@@ -147,20 +148,6 @@ struct afk_template {
     struct afk_surroundings around; /* its own, once it is ready */
     atomic_ullong starts, misses;
 };
-
-/* The number of a standard stream that is closed is not for us: a host may open it. */
-static int
-above_streams(int *fd)
-{
-    if (*fd > 2)
-        return 0;
-    int higher = afk_os_dup_above(*fd, 3);
-    if (higher < 0)
-        return higher;
-    afk_os_close(*fd);
-    *fd = higher;
-    return 0;
-}
 
 static void
 take_ids(uint32_t ids[4])
@@ -201,7 +188,7 @@ afk_template_new(struct afk_template **ret_template, int *ret_server_end,
     bool begun = afk_lifeline_begin();
     r = afk_os_socketpair(pair, SOCK_SEQPACKET);
     for (int i = 0; i < 2 && r >= 0; i++) {
-        r = above_streams(&pair[i]);
+        r = afk_os_raise(&pair[i], ABOVE_STREAMS);
         if (r == 0)
             r = afk_lifeline_register(pair[i], false);
     }
@@ -339,7 +326,7 @@ take_offer(struct afk_template *t, struct anyfork_child **ret_child, const char 
                                      &n_fds, NULL, MSG_DONTWAIT);
         int r = 0;
         for (unsigned i = 0; i < n_fds && r == 0; i++) {
-            r = above_streams(&fds[i]);
+            r = afk_os_raise(&fds[i], ABOVE_STREAMS);
             if (r == 0)
                 r = afk_lifeline_register(fds[i], i == AFK_OFFER_LIFE_WRITE);
         }
@@ -554,13 +541,11 @@ put_fds(struct outgoing *out, const struct afk_setup *setup, int guard_fd)
 
 /* What its socket takes at once. */
 static uint64_t
-body_room(struct anyfork_child *child)
+body_room(int socket)
 {
-    struct afk_child_view view;
     int size = 0;
     socklen_t length = sizeof size;
-    afk_child_view(child, &view);
-    if (getsockopt(view.status_fd, SOL_SOCKET, SO_SNDBUF, &size, &length) < 0 || size <= 0)
+    if (getsockopt(socket, SOL_SOCKET, SO_SNDBUF, &size, &length) < 0 || size <= 0)
         return 0;
     return size / 3 < AFK_ZYGOTE_BODY_IN_MESSAGE ? (uint64_t)size / 3 : AFK_ZYGOTE_BODY_IN_MESSAGE;
 }
@@ -675,7 +660,9 @@ send_start(struct afk_template *t, const struct afk_surroundings *now,
     }
     out.head.pickle_bytes = size;
     add_body(&out, pickle, size);
-    if (out.head.body_bytes > body_room(child)) {
+    struct afk_child_view view;
+    afk_child_view(child, &view);
+    if (out.head.body_bytes > body_room(view.status_fd)) {
         r = body_to_memfd(&out);
         if (r < 0) {
             r = AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_HANDSHAKE, -r, "memfd of the target");
@@ -687,8 +674,6 @@ send_start(struct afk_template *t, const struct afk_surroundings *now,
                      "fds: too many for one message to a template's worker");
         goto out;
     }
-    struct afk_child_view view;
-    afk_child_view(child, &view);
     out.vec[out.n_vec++] = (struct iovec){"g", 1}; /* read when it has armed its lifeline */
     r = send_with_fds(view.status_fd, out.vec, out.n_vec, out.fds, out.n_fds, MSG_DONTWAIT);
     if (r == -EPIPE || r == -ECONNRESET || r == -EMSGSIZE)
@@ -959,46 +944,30 @@ make_due(struct server *s)
         s->refill_at = now + REFILL_AFTER_DEATH_NS;
 }
 
-static bool
-is_ready(const struct worker *worker)
-{
-    return !worker->taken && !worker->dismissed && worker->report_fd >= 0;
-}
-
-/* It reads the end of the file, and ends. What its owner has sent already it reads before
- * that, and is started; what the owner sends from now on is refused by the socket. */
+/* They read the end of the file, and end. What their owner has sent already they read before
+ * that, and are started; what the owner sends from now on is refused by the socket. */
 static void
-dismiss(struct server *s, struct worker *worker)
+dismiss_all_but(struct server *s, unsigned kept)
 {
-    (void)shutdown(worker->report_fd, SHUT_RD);
-    worker->dismissed = true;
-    s->ready--;
+    for (unsigned i = 0; i < s->n_workers && s->ready > kept; i++) {
+        struct worker *worker = &s->worker[i];
+        if (worker->taken || worker->dismissed || worker->report_fd < 0)
+            continue;
+        (void)shutdown(worker->report_fd, SHUT_RD);
+        worker->dismissed = true;
+        s->ready--;
+    }
 }
 
 /* Those that nobody has wanted for long are ended; the owner passes over them. */
 static void
 shrink_idle(struct server *s)
 {
-    unsigned surplus = s->ready > s->options->low ? s->ready - s->options->low : 0;
-    if (surplus == 0 || s->options->idle_ns <= 0 ||
+    if (s->ready <= s->options->low || s->options->idle_ns <= 0 ||
         afk_os_now_ns() - s->last_start < s->options->idle_ns)
         return;
     s->goal = s->options->low;
-    for (unsigned i = 0; i < s->n_workers && surplus > 0; i++) {
-        if (!is_ready(&s->worker[i]))
-            continue;
-        dismiss(s, &s->worker[i]);
-        surplus--;
-    }
-}
-
-/* Nobody can start them any more, but for those that have been told already. */
-static void
-end_standbys(struct server *s)
-{
-    for (unsigned i = 0; i < s->n_workers; i++)
-        if (is_ready(&s->worker[i]))
-            dismiss(s, &s->worker[i]);
+    dismiss_all_but(s, s->goal);
 }
 
 static int
@@ -1064,7 +1033,6 @@ afk_server_run(const struct afk_server_options *options, afk_fork_standby fork_s
     int r = open_server(s);
     if (r < 0)
         return r;
-    hello.pid = getpid();
     take_ids(hello.ids);
     hello.around = *options->around;
     r = send_message(options->control, &hello, NULL, 0);
@@ -1086,7 +1054,7 @@ afk_server_run(const struct afk_server_options *options, afk_fork_standby fork_s
         if (n > 0 && fds[3].revents != 0)
             s->owner_gone = true;
         if (s->owner_gone) {
-            end_standbys(s);
+            dismiss_all_but(s, 0); /* nobody can start them any more */
             let_go_of_streams();
         }
         reap_all(s);
@@ -1194,13 +1162,9 @@ take_fds(struct afk_start *start, const struct afk_start_message *head, int *fds
         setup->lowest = targets[i] + 1;
     }
     for (unsigned i = 0; i < n_fds; i++) {
-        if (fds[i] < 0 || fds[i] >= setup->lowest)
-            continue;
-        int higher = afk_os_dup_above(fds[i], setup->lowest);
-        if (higher < 0)
-            return higher;
-        afk_os_close(fds[i]);
-        fds[i] = higher;
+        int r = afk_os_raise(&fds[i], setup->lowest);
+        if (r < 0)
+            return r;
     }
     for (int i = 0; i < 3 && at < n_fds; i++) {
         start->has_stream[i] = head->has_stream[i];

@@ -32,7 +32,7 @@ struct afk_zygote_message {
     uint32_t magic;
     uint16_t version;
     uint16_t op;
-    int32_t pid;     /* HELLO, OFFER */
+    int32_t pid;     /* OFFER */
     uint32_t number; /* WANT: how many; FAILED: errno */
     uint32_t ids[4]; /* HELLO: real and effective user, group; and what it has around it */
     struct afk_surroundings around;

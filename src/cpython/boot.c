@@ -263,29 +263,6 @@ afk_boot_run_executed(int fd, const char *pickle, size_t size)
     _exit(code & 0xff);
 }
 
-_Noreturn void
-afk_boot_run(PyObject *boot, const struct afk_job *job, struct afk_forking *f,
-             bool in_subinterpreter)
-{
-    struct afk_reporter reporter;
-    if (afk_reporter_init(&reporter, f->plan.status_fd) < 0)
-        _exit(AFK_EXIT_PRELUDE);
-    /* Not for the worker's own forked children. Out of memory: they keep them. */
-    (void)afk_lifeline_register(reporter.fd, false);
-    (void)afk_lifeline_register(f->plan.life_fd, false);
-    afk_pad_revive();
-    settle(boot, job, f, &reporter);
-    int code = in_subinterpreter ? afk_subint_host(job, &reporter)
-                                 : afk_boot_run_target(boot, job, &reporter);
-    /* Its non-daemon threads, its own atexit callbacks, its buffers. */
-    afk_boot_finish(boot);
-    (void)fflush(NULL);
-    afk_reporter_send(&reporter, AFK_REPORT_EXIT, 0, code, NULL, 0);
-    _exit(code & 0xff);
-}
-
-/* ---- a template's standby ------------------------------------------------------- */
-
 static void
 own_descriptors(const struct afk_plan *plan)
 {
@@ -295,16 +272,39 @@ own_descriptors(const struct afk_plan *plan)
         (void)afk_lifeline_register(plan->life_fd, false);
 }
 
+/* Its non-daemon threads, its own atexit callbacks, its buffers; then itself. */
+static _Noreturn void
+end_worker(PyObject *boot, const struct afk_reporter *reporter, int code)
+{
+    afk_boot_finish(boot);
+    (void)fflush(NULL);
+    afk_reporter_send(reporter, AFK_REPORT_EXIT, 0, code, NULL, 0);
+    _exit(code & 0xff);
+}
+
+_Noreturn void
+afk_boot_run(PyObject *boot, const struct afk_job *job, struct afk_forking *f,
+             bool in_subinterpreter)
+{
+    struct afk_reporter reporter;
+    if (afk_reporter_init(&reporter, f->plan.status_fd) < 0)
+        _exit(AFK_EXIT_PRELUDE);
+    own_descriptors(&f->plan);
+    afk_pad_revive();
+    settle(boot, job, f, &reporter);
+    int code = in_subinterpreter ? afk_subint_host(job, &reporter)
+                                 : afk_boot_run_target(boot, job, &reporter);
+    end_worker(boot, &reporter, code);
+}
+
+/* ---- a template's standby ------------------------------------------------------- */
+
 static void
 raise_own(struct afk_plan *plan, int *fd)
 {
-    if (*fd < 0 || *fd >= plan->setup->lowest)
-        return;
-    int higher = afk_os_dup_above(*fd, plan->setup->lowest);
-    if (higher < 0)
-        afk_child_give_up(plan, ANYFORK_STAGE_OPTION, -higher, "fds");
-    afk_os_close(*fd);
-    *fd = higher;
+    int r = afk_os_raise(fd, plan->setup->lowest);
+    if (r < 0)
+        afk_child_give_up(plan, ANYFORK_STAGE_OPTION, -r, "fds");
 }
 
 /* Standard streams that are another file than the template's, bits 0 to 2, now that all
@@ -430,9 +430,5 @@ afk_boot_run_standby(PyObject *boot, struct afk_forking *f, const struct afk_sta
     begin_start(boot, &f->plan, &start, &reporter);
     job.pickle = start.pickle;
     job.pickle_size = start.pickle_size;
-    int code = afk_boot_run_target(boot, &job, &reporter);
-    afk_boot_finish(boot);
-    (void)fflush(NULL);
-    afk_reporter_send(&reporter, AFK_REPORT_EXIT, 0, code, NULL, 0);
-    _exit(code & 0xff);
+    end_worker(boot, &reporter, afk_boot_run_target(boot, &job, &reporter));
 }

@@ -33,6 +33,11 @@ afk_forking_init(struct afk_forking *f, enum afk_fork_kind kind)
     f->child = NULL;
     f->for_pad = false;
     afk_plan_init(&f->plan);
+    if (kind == AFK_FORK_WORKER) {
+        f->plan.dispositions = AFK_DISPOSITIONS_DEFAULT;
+        f->plan.set_wakeup_fd = PySignal_SetWakeupFd;
+        f->plan.keep_mask = false; /* a host's request threads block nearly all */
+    }
     f->main_hooks = f->caller_hooks = NULL;
     f->parked = false;
     f->tm = NULL;

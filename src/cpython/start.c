@@ -66,9 +66,6 @@ start_here(const struct afk_method *method, const struct afk_job *job, bool for_
     f.child = child;
     f.for_pad = for_pad;
     f.plan.setup = job->setup;
-    f.plan.dispositions = AFK_DISPOSITIONS_DEFAULT;
-    f.plan.set_wakeup_fd = PySignal_SetWakeupFd;
-    f.plan.keep_mask = false; /* a host's request threads block nearly all */
 
     fresh = afk_hop_enter(target, &from);
     if (fresh == NULL) {

@@ -39,9 +39,6 @@ fork_standby(void *arg, const struct afk_standby *standby)
     struct afk_forking f;
     afk_forking_init(&f, AFK_FORK_WORKER);
     f.plan.setup = &serving->setup;
-    f.plan.dispositions = AFK_DISPOSITIONS_DEFAULT;
-    f.plan.set_wakeup_fd = PySignal_SetWakeupFd;
-    f.plan.keep_mask = false;
     f.plan.status_fd = standby->report_fd;
     f.plan.life_fd = standby->life_fd;
     f.plan.owner_holds_us = true; /* its parent does, and tells the owner */

@@ -95,15 +95,6 @@ template_capabilities(PyObject *op, PyObject *Py_UNUSED(args))
 }
 
 static PyObject *
-template_want(PyObject *op, PyObject *arg)
-{
-    unsigned long n = PyLong_AsUnsignedLong(arg);
-    if (PyErr_Occurred())
-        return NULL;
-    return PyBool_FromLong(afk_template_want(ext_template_of(op), (unsigned)n) == 0);
-}
-
-static PyObject *
 template_counts(PyObject *op, PyObject *Py_UNUSED(args))
 {
     struct afk_template_counts counts;
@@ -125,7 +116,6 @@ static PyMethodDef template_methods[] = {
     {"drop_server_end", template_drop_server_end, METH_NOARGS, NULL},
     {"hello", template_hello, METH_NOARGS, NULL},
     {"capabilities", template_capabilities, METH_NOARGS, NULL},
-    {"want", template_want, METH_O, NULL},
     {"counts", template_counts, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
