@@ -8,12 +8,12 @@ from . import _anyfork
 from ._anyfork import fork, forkpty
 from ._boot import register_child_reset
 from ._child import Child
-from ._errors import MethodUnavailable, RemoteError, SpawnError, WorkerDied
+from ._errors import MethodUnavailable, RemoteError, SpawnError, TemplateLost, WorkerDied
 from ._install import install, is_installed, uninstall
 from ._methods import Method, methods
 from ._options import Options
-from ._request import run, spawn
-from ._template import Template, warm
+from ._request import run, spawn, spawn_many
+from ._template import Template, snapshot, warm
 
 __version__ = "0.1.0"
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "RemoteError",
     "SpawnError",
     "Template",
+    "TemplateLost",
     "WorkerDied",
     "fork",
     "forkpty",
@@ -32,7 +33,9 @@ __all__ = [
     "methods",
     "register_child_reset",
     "run",
+    "snapshot",
     "spawn",
+    "spawn_many",
     "uninstall",
     "warm",
 ]

@@ -66,11 +66,24 @@ def spawn[ChildT: Child](
     ``template``: of a method that needs one; True: the program is one, and nobody's child.
     A str is the reason why the template has to be made again; nothing was started."""
 
+def spawn_many[ChildT: Child](
+    type: type[ChildT],
+    pickles: list[bytes],
+    options: dict[str, Any] | None,
+    template: Template,
+    /,
+) -> tuple[list[ChildT | None], str | None]:
+    """:func:`spawn` by a template, of each: one message to each standby. A str is the reason
+    why the template has to be made again, for those that are None."""
+
 def begin_template(control: int, capabilities: tuple[int, int, int], /) -> None:
     """Be a template-to-be: with no more capabilities than these, and nobody else has its socket."""
 
 def serve(control: int, owner: int, low: int, high: int, idle: float, /) -> None:
     """Be a template: until its owner has gone and all workers have ended."""
+
+def holds(fd: int, /) -> bool:
+    """Whether that descriptor is one that this package uses itself."""
 
 def stream_is_open(number: int, /) -> bool:
     """Whether that standard stream is open, and not the number of a descriptor of ours."""
@@ -100,6 +113,9 @@ class Template:
 
     def counts(self) -> tuple[int, int]:
         """Starts, and how many of them found no standby ready."""
+
+    def calls(self) -> list[int]:
+        """Nanoseconds that the last starts took, 256 at most, in no order."""
 
 def exec_worker(report_fd: int, target: bytes, /) -> NoReturn:
     """Be the worker of method exec in a fresh interpreter."""

@@ -11,6 +11,8 @@ import time
 import warnings
 from typing import Any, NamedTuple
 
+from . import _anyfork
+
 _LOCKS = (_thread.LockType, _thread.RLock)
 _TRIAL_TIMEOUT = 10.0
 _SETTLE = 0.2  # seconds for threads that are ending
@@ -82,14 +84,14 @@ def _threads() -> list[Finding]:
 
 
 def open_sockets() -> frozenset[str]:
-    """Those of this process, but for standard streams."""
+    """Those of this process, but for standard streams and what this package uses itself."""
     found = set()
     for name in os.listdir("/proc/self/fd"):
         try:
             target = os.readlink(f"/proc/self/fd/{name}")
         except OSError:  # the listing's own
             continue
-        if target.startswith("socket:") and int(name) > 2:
+        if target.startswith("socket:") and int(name) > 2 and not _anyfork.holds(int(name)):
             found.add(f"descriptor {name}")
     return frozenset(found)
 

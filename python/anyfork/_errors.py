@@ -43,6 +43,10 @@ class MethodUnavailable(SpawnError, NotImplementedError):
     """This method, or ``fork()``, cannot work here; nothing was started."""
 
 
+class TemplateLost(SpawnError):
+    """A snapshot starts nothing any more, and cannot be made again; nothing was started."""
+
+
 class WorkerDied(Exception):
     """A worker ended without a result.
 

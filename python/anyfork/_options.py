@@ -68,6 +68,8 @@ class Options(TypedDict, total=False):
       a worker that changes its user itself, an owner whose descriptors foreign processes
       have. Where the scope is a cgroup it is on.
     template: the :class:`anyfork.Template` that makes the worker; with ``zygote`` only.
+    fresh: by a process of the template that is made for this worker alone: with a layout of the
+      address space, a stack canary and a hash seed of its own. It takes as long as the preloads.
     """
 
     executable: Path
@@ -99,6 +101,7 @@ class Options(TypedDict, total=False):
     scope: Literal["worker", "group", "cgroup"]
     guard: bool
     template: Template
+    fresh: bool
 
 
 def _int(name: str, value: object) -> int:
@@ -290,7 +293,7 @@ _PLAIN: dict[str, tuple[str, Callable[[str, Any], object]]] = {
     "sigint": ("sigint", lambda name, value: _choice(name, value, _SIGINT)),
     "scope": ("lifeline_scope", lambda name, value: _choice(name, value, _SCOPES)),
 }
-_MANY = ("guard", "start_new_session", "process_group", "fds", "pass_fds", "lifeline")
+_MANY = ("guard", "start_new_session", "process_group", "fds", "pass_fds", "lifeline", "fresh")
 NAMES = frozenset(_PLAIN) | frozenset(_MANY)
 
 
@@ -330,6 +333,16 @@ def _lifeline(options: Mapping[str, Any], plain: dict[str, Any]) -> None:
         plain["lifeline_signal"] = _signal("lifeline", lifeline)
 
 
+def _fresh(method: str, options: Mapping[str, Any], plain: dict[str, Any]) -> None:
+    fresh = options.get("fresh", False)
+    if not isinstance(fresh, bool):
+        raise TypeError(f"fresh: True or False is wanted, not {fresh!r}")
+    if fresh and method != "zygote":
+        raise ValueError(f"{method}: fresh: only method 'zygote' has templates")
+    if fresh:
+        plain["fresh"] = True
+
+
 def prepare(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """The dict for _anyfork.spawn(). Raises TypeError or ValueError that names the
     option; opens nothing."""
@@ -348,4 +361,5 @@ def prepare(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
     _session(options, plain)
     _descriptors(options, plain)
     _lifeline(options, plain)
+    _fresh(method, options, plain)
     return plain

@@ -33,13 +33,15 @@ def _refused(method: str, exc: Exception) -> TypeError:
 
 def by_reference(call: Target, method: str) -> tuple[bytes, bool]:
     """The pickle, and whether something in it is defined in ``__main__``. TypeError."""
-    buffer = io.BytesIO()
-    pickler = _Pickler(buffer, protocol=5)
     try:
+        data = pickle.dumps(call, protocol=5)
+        if b"_main__" not in data:
+            return data, False
+        pickler = _Pickler(io.BytesIO(), protocol=5)  # a text may contain it too
         pickler.dump(call)
     except Exception as exc:
         raise _refused(method, exc) from exc
-    return buffer.getvalue(), pickler.names_main
+    return data, pickler.names_main
 
 
 def by_value(call: Target, method: str) -> bytes:

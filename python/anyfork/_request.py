@@ -18,12 +18,10 @@ DEFAULT = _template.METHOD
 _CO_COROUTINE, _CO_ASYNC_GENERATOR = 0x80, 0x200
 
 
-def _check_place() -> None:
-    if _boot.importing_main:
-        raise RuntimeError(
-            "a worker that imports the program, where its target is defined, would start workers "
-            "itself: what starts them belongs under `if __name__ == '__main__':`"
-        )
+_NOT_HERE = (
+    "a worker that imports the program, where its target is defined, would start workers itself: "
+    "what starts them belongs under `if __name__ == '__main__':`"
+)
 
 
 def _is_async(fn: object) -> bool:
@@ -61,9 +59,7 @@ def _check_template(method: str, options: Options) -> _template.Template | None:
         if template is not None:
             raise ValueError(f"{method}: template: only method {_template.METHOD!r} has one")
         return None
-    if template is None:
-        return _template.default()
-    if not isinstance(template, _template.Template):
+    if template is not None and not isinstance(template, _template.Template):
         raise TypeError(f"template: a Template is wanted, not {type(template).__name__}")
     return template
 
@@ -113,7 +109,8 @@ def spawn(
     owner, whatever it is doing then. Safe from any thread and any interpreter, also
     inside ``trio.run`` or an asyncio loop.
     """
-    _check_place()
+    if _boot.importing_main:
+        raise RuntimeError(_NOT_HERE)
     if argv is not None:
         if fn is not None:
             raise TypeError("argv: a worker has a target or a program, not both")
@@ -123,12 +120,12 @@ def spawn(
         return _exec.start_program(argv, options)
     name = _check(fn, method)
     assert fn is not None
-    template = _check_template(name, options)
+    template = _check_template(name, options) if options else None
     if name == "exec":
         return _exec.start_target(fn, args, options)
-    prepared = _check_options(name, options)
-    if template is not None:
-        return template.start(fn, args, prepared)
+    prepared = _check_options(name, options) if options else None
+    if name == _template.METHOD:
+        return (template or _template.default()).start(fn, args, prepared)
     target: Callable[..., object] | bytes = fn
     if _TRAITS[name]["pickles"]:
         fresh = _TRAITS[name]["target"] == "fresh"
@@ -137,6 +134,39 @@ def spawn(
         child = _anyfork.spawn(Child, name, target, args, prepared, -1, None)
     assert not isinstance(child, str)
     return child
+
+
+def spawn_many(
+    fn: Callable[..., object],
+    args_of_each: Iterable[tuple[object, ...]],
+    /,
+    **options: Unpack[Options],
+) -> list[Child]:
+    """Start a worker for each of these arguments, ``fn(*args)``, by method ``zygote``.
+
+    What takes long is done once: this process is looked at, and standbys that are not ready
+    are asked for in one message, and forked while the first ones run.
+
+    Args:
+      fn, options: as of :func:`spawn`, for all of them.
+      args_of_each: a tuple for each worker.
+
+    Returns: their handles, in the same order.
+
+    Raises: as :func:`spawn`; those that were started by then have been ended.
+    """
+    if _boot.importing_main:
+        raise RuntimeError(_NOT_HERE)
+    name = _check(fn, None)
+    calls = list(args_of_each)
+    for args in calls:
+        if not isinstance(args, tuple):
+            raise TypeError(f"args_of_each: a tuple for each worker is wanted, not {args!r}")
+    template = _check_template(name, options) if options else None
+    prepared = _check_options(name, options) if options else None
+    if prepared and prepared.get("fresh"):
+        raise ValueError("fresh: these workers share a process of the template: use spawn()")
+    return (template or _template.default()).start_many(fn, calls, prepared)
 
 
 def run(

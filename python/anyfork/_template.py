@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
-from . import _anyfork, _exec, _pickling, _zygote
+from . import _anyfork, _audit, _exec, _options, _pickling, _zygote
 from ._child import Child
-from ._errors import SpawnError, WorkerDied
+from ._errors import MethodUnavailable, SpawnError, TemplateLost, WorkerDied
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -47,6 +47,7 @@ class _Made(NamedTuple):
     process: _Process
     owner: int
     path: list[str]
+    found: list[str] | None  # sys.path, if no working directory changes what it means
     argv: list[str]
 
 
@@ -54,13 +55,27 @@ class Stats(NamedTuple):
     """What a template has done, by all of its processes.
 
     starts: workers. missed: starts that had to wait for a standby. made: how often its
-    process was made. pid: of the process now; None: there is none.
+    process was made. pid: of the process now; None: there is none. standbys, workers: its
+    children now. call: seconds that the last starts, 256 at most, took their callers:
+    (median, 99th percentile); None: there was none. pss: kB of memory, of the process with its
+    standbys and workers, what they share counted once (proc_pid_smaps(5)); None: not readable.
     """
 
     starts: int
     missed: int
     made: int
     pid: int | None
+    standbys: int
+    workers: int
+    call: tuple[float, float] | None
+    pss: int | None
+
+
+class _Spec(NamedTuple):
+    """What is loaded: one step of a tree of templates."""
+
+    preload: tuple[str, ...]
+    setup: Callable[[], object] | None
 
 
 class Template:
@@ -97,8 +112,8 @@ class Template:
     ) -> None:
         if isinstance(preload, str):
             raise TypeError(f"preload: names of modules are wanted: [{preload!r}]")
-        self._preload = tuple(preload)
-        for name in self._preload:
+        self._spec = _Spec(tuple(preload), setup)
+        for name in self._spec.preload:
             if not isinstance(name, str) or not name:
                 raise TypeError(f"preload: names of modules are wanted, not {name!r}")
         if setup is not None and not callable(setup):
@@ -111,7 +126,6 @@ class Template:
         if audit not in ("refuse", "warn"):
             raise ValueError(f"audit: 'refuse' or 'warn' is wanted, not {audit!r}")
         self._audit = audit
-        self._setup = setup
         self._standby = (low, high)
         self._idle = min(float(idle), _LONG)
         self._timeout = min(float(timeout), _LONG)
@@ -122,6 +136,28 @@ class Template:
         self._closed = False
         self._maker: int | None = None
         _templates.add(self)
+
+    def child(
+        self,
+        preload: Iterable[str] = (),
+        *,
+        setup: Callable[[], object] | None = None,
+        standby: tuple[int, int] = (1, 4),
+        idle: float = 60.0,
+        timeout: float = 120.0,
+        audit: Literal["refuse", "warn"] = "refuse",
+    ) -> Template:
+        """A template that begins with what this one has loaded: its process is forked from
+        this one's, and shares that memory. Arguments as of :class:`Template`."""
+        return _Branch(
+            self,
+            preload,
+            setup=setup,
+            standby=standby,
+            idle=idle,
+            timeout=timeout,
+            audit=audit,
+        )
 
     # ---- making it ----------------------------------------------------------------
 
@@ -157,10 +193,22 @@ class Template:
                 self._times_made += 1
             return made
 
-    def _make(self) -> _Made:
+    def _specs(self) -> tuple[_Spec, ...]:
+        """All that a fresh process has to load."""
+        if self is _default:
+            return (_Spec(("cloudpickle", *self._spec.preload), self._spec.setup),)
+        return (self._spec,)
+
+    def _begin(self, args: tuple[object, ...], options: Options) -> Child:
+        """Start the process, whose target is :func:`_zygote.serve`."""
+        return _exec.start_target(
+            _zygote.serve, (*args, _loads(self._specs())), options, template=True, cls=_Process
+        )
+
+    def _make(self, standby: tuple[int, int] | None = None) -> _Made:
         link = _anyfork.Template()
-        path, argv = _pickling.search_path(), list(sys.argv)
-        preload = self._preload if self is not _default else ("cloudpickle", *self._preload)
+        found, argv = list(sys.path), list(sys.argv)
+        path = _pickling.search_path()
         options: Options = {
             "fds": {_CONTROL_FD: link.server_end()},
             "name": "anyfork template",
@@ -170,27 +218,15 @@ class Template:
             if not _anyfork.stream_is_open(number):
                 options[name] = -3  # type: ignore[literal-required]  # subprocess.DEVNULL
         try:
-            setup = None
-            if self._setup is not None:
-                data, main = _pickled((self._setup, ()))
-                setup = pickle.dumps((None, None, main, data), protocol=5)
             args = (
                 _CONTROL_FD,
                 os.getpid(),
                 link.capabilities(),
-                preload,
-                setup,
-                self._standby,
+                standby or self._standby,
                 self._idle,
                 self._audit,
             )
-            process = _exec.start_target(
-                _zygote.serve,
-                args,
-                options,
-                template=True,
-                cls=_Process,
-            )
+            process = self._begin(args, options)
         finally:
             link.drop_server_end()
         assert isinstance(process, _Process)
@@ -200,7 +236,7 @@ class Template:
             process.close()
             link.close()
             raise
-        return _Made(link, process, os.getpid(), path, argv)
+        return _Made(link, process, os.getpid(), path, found if found == path else None, argv)
 
     def _await(self, link: _anyfork.Template, process: _Process) -> None:
         assert process.pidfd is not None
@@ -231,16 +267,17 @@ class Template:
             poll.poll(left * 1000)
 
     def _what(self) -> str:
-        return f"it loads {', '.join(self._preload)}" if self._preload else "it loads nothing"
+        names = self._spec.preload
+        return f"it loads {', '.join(names)}" if names else "it loads nothing"
 
     def _discard(self, made: _Made) -> None:
         """That process starts nothing any more. Its workers go on, and it with them."""
         with self._lock:
             if self._made is made:
                 self._made = None
-                if made.owner == os.getpid():
-                    starts, missed = made.link.counts()
-                    self._before = (self._before[0] + starts, self._before[1] + missed)
+            if made.owner == os.getpid():
+                starts, missed = made.link.counts()
+                self._before = (self._before[0] + starts, self._before[1] + missed)
         if made.owner == os.getpid():
             with contextlib.suppress(SpawnError):
                 made.process.detach()
@@ -248,31 +285,75 @@ class Template:
 
     # ---- using it -------------------------------------------------------------------
 
+    def _now(self) -> _Made:
+        made = self._made
+        if made is None or made.owner != os.getpid() or self._closed:
+            return self._process()
+        return made
+
+    def _pickled(
+        self, fn: Callable[..., object], args: tuple[object, ...]
+    ) -> tuple[bytes, tuple[str, str, bool] | None]:
+        return _pickled((fn, args))
+
     def start(
-        self, fn: Callable[..., object], args: tuple[object, ...], options: dict[str, Any] | None
+        self,
+        fn: Callable[..., object],
+        args: tuple[object, ...],
+        options: dict[str, Any] | None,
+        cls: type[Child] = Child,
     ) -> Child:
         """For :func:`anyfork.spawn`: ``options`` as ``_options.prepare()`` makes them."""
-        data, main = _pickled((fn, args))
+        if options and options.pop("fresh", False):
+            return self._start_fresh(fn, args, options)
+        call = self._pickled(fn, args)
         why = ""
         for _ in range(_TIMES_MADE):
-            made = self._process()
-            path = _pickling.search_path()
-            argv = sys.argv
-            whole = pickle.dumps(
-                (
-                    None if path == made.path else (*path, _PACKAGE_PARENT),
-                    None if argv == made.argv else argv,
-                    main,
-                    data,
-                ),
-                protocol=5,
-            )
-            child = _anyfork.spawn(Child, METHOD, whole, (), options, -1, made.link)
+            made = self._now()
+            child = _anyfork.spawn(cls, METHOD, _whole(made, *call), (), options, -1, made.link)
             if not isinstance(child, str):
                 return child
             why = child
             self._discard(made)
         raise SpawnError("template", None, METHOD, f"made {_TIMES_MADE} times: {why}")
+
+    def start_many(
+        self,
+        fn: Callable[..., object],
+        args_of_each: list[tuple[object, ...]],
+        options: dict[str, Any] | None,
+    ) -> list[Child]:
+        """For :func:`anyfork.spawn_many`."""
+        calls = [self._pickled(fn, args) for args in args_of_each]
+        children: list[Child | None] = [None] * len(calls)
+        why: str | None = ""
+        for _ in range(_TIMES_MADE):
+            made = self._now()
+            left = [i for i, child in enumerate(children) if child is None]
+            pickles = [_whole(made, *calls[i]) for i in left]
+            started, why = _anyfork.spawn_many(Child, pickles, options, made.link)
+            for i, child in zip(left, started, strict=True):
+                children[i] = child
+            if why is None:
+                return [child for child in children if child is not None]
+            self._discard(made)
+        raise SpawnError("template", None, METHOD, f"made {_TIMES_MADE} times: {why}")
+
+    def _start_fresh(
+        self, fn: Callable[..., object], args: tuple[object, ...], options: dict[str, Any]
+    ) -> Child:
+        """By a process that is made for this worker."""
+        if self._closed:
+            raise ValueError("this template is closed")
+        call = self._pickled(fn, args)
+        made = self._make((0, 0))
+        try:
+            child = _anyfork.spawn(Child, METHOD, _whole(made, *call), (), options, -1, made.link)
+        finally:
+            self._discard(made)
+        if isinstance(child, str):
+            raise SpawnError("template", None, METHOD, child)
+        return child
 
     def spawn(
         self, fn: Callable[..., object], /, *args: object, **options: Unpack[Options]
@@ -290,16 +371,42 @@ class Template:
         options["template"] = self
         return run(fn, *args, method=METHOD, **options)
 
+    def spawn_many(
+        self,
+        fn: Callable[..., object],
+        args_of_each: Iterable[tuple[object, ...]],
+        /,
+        **options: Unpack[Options],
+    ) -> list[Child]:
+        """:func:`anyfork.spawn_many` with this template."""
+        from . import spawn_many
+
+        options["template"] = self
+        return spawn_many(fn, args_of_each, **options)
+
     def stats(self) -> Stats:
-        """Counts since the template was created; waits for nobody."""
+        """Counts since the template was created, and what it has now.
+
+        Waits for nobody; to count memory takes some milliseconds where there are many workers.
+        """
         made = self._made
         starts, missed = self._before
-        pid = None
-        if made is not None and made.owner == os.getpid():
-            more, more_missed = made.link.counts()
-            starts, missed = starts + more, missed + more_missed
-            pid = made.process.pid if made.process.is_alive() else None
-        return Stats(starts, missed, self._times_made, pid)
+        if made is None or made.owner != os.getpid():
+            return Stats(starts, missed, self._times_made, None, 0, 0, None, None)
+        more, more_missed = made.link.counts()
+        alive = made.process.pid is not None and made.process.is_alive()
+        pid = made.process.pid if alive else None
+        standbys, workers, pss = _family(pid) if pid is not None else (0, 0, None)
+        return Stats(
+            starts + more,
+            missed + more_missed,
+            self._times_made,
+            pid,
+            standbys,
+            workers,
+            _percentiles(made.link.calls()),
+            pss,
+        )
 
     def reload(self) -> Self:
         """Make a new process, of modules as they are now; the next start has it."""
@@ -336,7 +443,156 @@ class Template:
     def __repr__(self) -> str:
         made = self._made
         pid = made.process.pid if made is not None else None
-        return f"<anyfork.Template {list(self._preload)} pid={pid}>"
+        return f"<anyfork.Template {list(self._spec.preload)} pid={pid}>"
+
+
+class _Branch(Template):
+    """A template whose process is a worker of another template."""
+
+    def __init__(self, parent: Template, preload: Iterable[str], **arguments: Any) -> None:
+        super().__init__(preload, **arguments)
+        self._parent = parent
+
+    def _specs(self) -> tuple[_Spec, ...]:
+        return (*self._parent._specs(), self._spec)
+
+    def _begin(self, args: tuple[object, ...], options: Options) -> Child:
+        prepared = _options.prepare(METHOD, options)
+        return self._parent.start(
+            _zygote.serve, (*args, _loads((self._spec,))), prepared, cls=_Process
+        )
+
+    def _start_fresh(
+        self, fn: Callable[..., object], args: tuple[object, ...], options: dict[str, Any]
+    ) -> Child:
+        whole = Template(timeout=self._timeout, audit=self._audit)
+        whole._specs = self._specs  # type: ignore[method-assign]
+        with contextlib.closing(whole):
+            return whole._start_fresh(fn, args, options)
+
+
+class _Snapshot(Template):
+    """A template whose process is forked from this one's, once."""
+
+    def _begin(self, args: tuple[object, ...], options: Options) -> Child:
+        if self._times_made:
+            raise TemplateLost(
+                "template",
+                None,
+                METHOD,
+                "the snapshot has ended, or this process may not do any more what it did then; "
+                "the state that it had cannot be made again: take another",
+            )
+        # Those that are in our tables are closed in a forked child before anything is moved.
+        control = os.dup(int(options["fds"][_CONTROL_FD]))  # type: ignore[arg-type]
+        try:
+            prepared = _options.prepare("fork", {**options, "fds": {_CONTROL_FD: control}})
+            process = _anyfork.spawn(
+                _Process, "fork", _zygote.serve, (*args, ()), prepared, -1, None
+            )
+        finally:
+            os.close(control)
+        assert not isinstance(process, str)
+        return process
+
+    def _pickled(
+        self, fn: Callable[..., object], args: tuple[object, ...]
+    ) -> tuple[bytes, tuple[str, str, bool] | None]:
+        """By reference also what ``__main__`` defines: it is there, with its state."""
+        try:
+            return _pickling.by_reference((fn, args), METHOD)[0], None
+        except TypeError:
+            return _pickling.by_value((fn, args), METHOD), None
+
+    def _start_fresh(
+        self, fn: Callable[..., object], args: tuple[object, ...], options: dict[str, Any]
+    ) -> Child:
+        raise ValueError("fresh: a snapshot is what it is; take another, or use Template(...)")
+
+    def reload(self) -> Self:
+        raise ValueError("a snapshot cannot be loaded again: take another")
+
+
+def snapshot(
+    *,
+    standby: tuple[int, int] = (1, 4),
+    idle: float = 60.0,
+    timeout: float = 120.0,
+    audit: Literal["refuse", "warn"] = "refuse",
+) -> Template:
+    """A template of this program as it is now: its workers find all modules, objects and state
+    of this moment, and nothing of that is pickled or imported.
+
+    For a quiet point: early, before there are threads and connections. Targets are found by
+    their names, those of ``__main__`` too, if they were defined by then.
+
+    Args: as of :class:`Template`. ``audit`` looks at this process, before it is forked.
+
+    Raises: RuntimeError with what it has found; MethodUnavailable where method ``fork`` cannot
+    work, or in a sub-interpreter. Once the snapshot's process has died, or this one has
+    changed its ids, namespaces and so on, starts raise :class:`TemplateLost`.
+    """
+    if not _anyfork.in_main():
+        raise MethodUnavailable(
+            "template",
+            None,
+            METHOD,
+            "a snapshot can be taken in the main interpreter only; Template() in any",
+        )
+    _zygote.judge(_audit.findings(frozenset()), audit)
+    return _Snapshot(standby=standby, idle=idle, timeout=timeout, audit=audit).warm()
+
+
+def _loads(specs: tuple[_Spec, ...]) -> tuple[tuple[tuple[str, ...], bytes | None], ...]:
+    """Modules, and what _boot.load() makes of each setup function."""
+    loads = []
+    for spec in specs:
+        setup = None
+        if spec.setup is not None:
+            data, main = _pickled((spec.setup, ()))
+            setup = pickle.dumps((None, None, main, data), protocol=5)
+        loads.append((spec.preload, setup))
+    return tuple(loads)
+
+
+def _whole(made: _Made, data: bytes, main: tuple[str, str, bool] | None) -> bytes:
+    """For _boot.load(): the call, and what has changed since the template was made."""
+    path = None
+    if sys.path != made.found:
+        now = _pickling.search_path()
+        path = None if now == made.path else (*now, _PACKAGE_PARENT)
+    argv = None if sys.argv == made.argv else sys.argv
+    return pickle.dumps((path, argv, main, data), protocol=5)
+
+
+def _family(pid: int) -> tuple[int, int, int | None]:
+    """Standbys and workers of a template, and the memory of them all."""
+    standbys = workers = 0
+    pss: int | None = None
+    try:
+        with open(f"/proc/{pid}/task/{pid}/children") as f:
+            pids = f.read().split()
+    except OSError:
+        return 0, 0, None
+    for one in pids:
+        try:
+            with open(f"/proc/{one}/comm") as f:
+                standby = f.read().startswith("anyfork standby")
+        except OSError:  # it has ended
+            continue
+        standbys += standby
+        workers += not standby
+    for one in (str(pid), *pids):
+        with contextlib.suppress(OSError), open(f"/proc/{one}/smaps_rollup") as f:
+            pss = (pss or 0) + next(int(line.split()[1]) for line in f if line[:4] == "Pss:")
+    return standbys, workers, pss
+
+
+def _percentiles(calls: list[int]) -> tuple[float, float] | None:
+    if not calls:
+        return None
+    calls.sort()
+    return calls[len(calls) // 2] / 1e9, calls[len(calls) * 99 // 100] / 1e9
 
 
 def _ended(process: Child) -> str:

@@ -9,24 +9,19 @@ import sys
 from . import _anyfork, _audit, _boot
 
 
-def serve(
-    control: int,
-    owner: int,
-    capabilities: tuple[int, int, int],
-    preload: tuple[str, ...],
-    setup: bytes | None,
-    standby: tuple[int, int],
-    idle: float,
-    audit: str,
-) -> None:
-    """The main program of a template; it returns once its owner and its workers have gone.
+def judge(found: list[_audit.Finding], audit: str) -> None:
+    """RuntimeError with what was found, or a warning."""
+    texts = [str(finding) for finding in found]
+    if texts and audit == "refuse":
+        raise RuntimeError(
+            "this cannot be a template: " + " | ".join(texts) + " (or leave the module out of "
+            "preload; audit='warn' takes it as it is)"
+        )
+    for text in texts:
+        print(f"anyfork template: {text}", file=sys.stderr)
 
-    ``setup``: for _boot.load(). Nothing is collected while modules are loaded, and what
-    they have made is frozen: a collection in a worker would copy all of it.
-    """
-    _anyfork.begin_template(control, capabilities)
-    gc.disable()
-    ours = _audit.open_sockets()
+
+def _load(preload: tuple[str, ...], setup: bytes | None) -> None:
     for name in preload:
         try:
             importlib.import_module(name)
@@ -40,16 +35,34 @@ def serve(
         except BaseException as exc:
             exc.add_note("This was in a template, in its setup function.")
             raise
-    found = [str(finding) for finding in _audit.findings(ours)]
-    if found and audit == "refuse":
-        raise RuntimeError(
-            "this cannot be a template: " + " | ".join(found) + " (or leave the module out of "
-            "preload; audit='warn' takes it as it is)"
-        )
-    for text in found:
-        print(f"anyfork template: {text}", file=sys.stderr)
+
+
+def serve(
+    control: int,
+    owner: int,
+    capabilities: tuple[int, int, int],
+    standby: tuple[int, int],
+    idle: float,
+    audit: str,
+    loads: tuple[tuple[tuple[str, ...], bytes | None], ...],
+) -> None:
+    """The main program of a template; it returns once its owner and its workers have gone.
+
+    ``loads``: (modules, a setup function for _boot.load()), in their order; none: a snapshot.
+    Nothing is collected while modules are loaded, and what they have made is frozen: a
+    collection in a worker would copy all of it.
+    """
+    _anyfork.begin_template(control, capabilities)
+    gc.disable()
+    ours = _audit.open_sockets()
+    names: list[str] = []
+    for preload, setup in loads:
+        _load(preload, setup)
+        names += preload
+    if loads:
+        judge(_audit.findings(ours), audit)
     _boot.rehearse()
-    _anyfork.set_title(": ".join(filter(None, ("anyfork template", ", ".join(preload)))))
+    _anyfork.set_title(": ".join(filter(None, ("anyfork template", ", ".join(names)))))
     gc.collect()
     gc.freeze()
     gc.enable()

@@ -404,9 +404,11 @@ struct afk_proc_files {
 /* 0 or a negative errno, then none is open. */
 int afk_proc_files_open(struct afk_proc_files *ret);
 void afk_proc_files_close(struct afk_proc_files *files);
-/* Of the calling thread. 0 or a negative errno. */
+/* Of the calling thread, in two steps, for it takes long: what a worker needs to be told, and
+ * what else its owner must have in common with it. 0 or a negative errno. */
 int afk_identity_read(const struct afk_proc_files *files, struct afk_identity *ret_identity,
                       struct afk_surroundings *ret_around);
+int afk_identity_read_rest(const struct afk_proc_files *files, struct afk_identity *identity);
 /* NULL if they are the same; else what differs, a static string. */
 const char *afk_identity_difference(const struct afk_identity *a, const struct afk_identity *b);
 
@@ -430,12 +432,22 @@ struct afk_template_counts {
     uint64_t starts, misses; /* of them without a standby that was ready */
 };
 void afk_template_counts(const struct afk_template *template, struct afk_template_counts *ret);
-void afk_template_missed(struct afk_template *template);
-/* Starts a worker with a standby that is ready. 0; -EAGAIN: there is none; -ESTALE, with
- * *ret_why: the template has ended or must not serve its owner any more; or a code with
- * reterr filled. `setup` of AFK_SETUP_TEMPLATE; `pickle`: what _boot.load() understands. */
-int afk_template_start(struct afk_template *template, const struct afk_setup *setup,
-                       const char *pickle, size_t size, struct anyfork_child **ret_child,
+#define AFK_CALLS_KEPT 256
+/* What the last starts took their callers, in ns and in no order: how many. */
+unsigned afk_template_calls(const struct afk_template *template, int64_t ret[AFK_CALLS_KEPT]);
+void afk_template_took(struct afk_template *template, int64_t ns);
+void afk_template_missed(struct afk_template *template, unsigned n);
+struct afk_template_job {
+    const struct afk_setup *setup; /* of AFK_SETUP_TEMPLATE */
+    const char *pickle; /* what _boot.load() understands */
+    size_t size;
+    struct anyfork_child *child; /* NULL: to be started */
+    bool started;
+};
+/* Starts those that are not yet, as many as there are standbys ready; also where it fails
+ * then. 0: all are; -EAGAIN: the others need standbys; -ESTALE, with *ret_why: the template has
+ * ended or must not serve its owner any more; or a code with reterr filled. */
+int afk_template_start(struct afk_template *template, struct afk_template_job *jobs, unsigned n,
                        const char **ret_why, struct anyfork_error *reterr);
 #define AFK_STALE (-6000) /* a start's code: the template has to be made again, and detail says why */
 /* Asks for `n` standbys, at once. 0 or -ESTALE. */
@@ -475,7 +487,9 @@ struct afk_start {
 /* Blocks. 1; 0: the owner has gone, or has dropped this standby; or a negative errno. Only
  * from `owner`. */
 int afk_start_receive(int fd, pid_t owner, struct afk_start *ret_start);
-void afk_start_armed(int fd); /* then */
+/* Blocks until the owner has seen that this process may start it. Once it has returned the
+ * owner knows too that the lifeline is armed. False: it may not, or there is no owner. */
+bool afk_start_is_confirmed(int fd);
 
 /* ---- errors --------------------------------------------------------------- */
 /* Fills *reterr if it is not NULL; returns `code`. */

@@ -87,15 +87,21 @@ afk_proc_files_close(struct afk_proc_files *files)
     afk_lifeline_close(&files->oom_score_adj);
 }
 
-/* Those of the calling thread: the files that are held are the main thread's. */
+/* A file of the calling thread: those that are held are the main thread's. */
 static int
-open_of_thread(struct afk_proc_files *ret)
+open_of_thread(int held, const char *path, int flags)
 {
-    *ret = (struct afk_proc_files){-1, -1, -1, -1};
-    ret->status = open("/proc/thread-self/status", O_RDONLY | O_CLOEXEC);
-    ret->ns = open("/proc/thread-self/ns", O_PATH | O_DIRECTORY | O_CLOEXEC);
-    ret->cgroup = open("/proc/thread-self/cgroup", O_RDONLY | O_CLOEXEC);
-    return ret->status < 0 || ret->ns < 0 || ret->cgroup < 0 ? -errno : 0;
+    if (syscall(SYS_gettid) == getpid())
+        return held;
+    int fd = open(path, flags | O_CLOEXEC);
+    return fd < 0 ? -errno : fd;
+}
+
+static void
+close_of_thread(int held, int fd)
+{
+    if (fd != held)
+        afk_os_close(fd);
 }
 
 /* ---- reading ------------------------------------------------------------------------- */
@@ -187,11 +193,13 @@ read_status(int fd, struct reading *ret)
     return ret->found == 15 ? 0 : -ESRCH; /* of a thread that has ended */
 }
 
+/* Not "pid", which no process ever changes; nor "mnt", for each copy of a mount has an id of
+ * its own, so that the root tells it. */
 static int
 read_namespaces(int dir, uint64_t *ret)
 {
-    static const char *const names[] = {"user", "mnt", "pid_for_children", "pid",
-                                        "net",  "ipc", "uts", "cgroup", "time_for_children"};
+    static const char *const names[] = {"user", "pid_for_children", "net",
+                                        "ipc",  "uts", "cgroup", "time_for_children"};
     uint64_t h = 1;
     for (unsigned i = 0; i < sizeof names / sizeof *names; i++) {
         char text[LINK_MAX_BYTES];
@@ -270,30 +278,14 @@ int
 afk_identity_read(const struct afk_proc_files *held, struct afk_identity *ret_identity,
                   struct afk_surroundings *ret_around)
 {
-    struct afk_proc_files own = {-1, -1, -1, -1};
-    const struct afk_proc_files *files = held;
     struct reading reading;
-    int r = 0;
-
     memset(ret_identity, 0, sizeof *ret_identity);
     memset(ret_around, 0, sizeof *ret_around);
-    if (syscall(SYS_gettid) != getpid()) {
-        files = &own;
-        r = open_of_thread(&own);
-    }
-    if (r == 0)
-        r = read_status(files->status, &reading);
-    if (r == 0)
-        r = read_namespaces(files->ns, &ret_identity->namespaces);
-    if (r == 0)
-        r = read_hash(files->cgroup, &ret_identity->cgroup);
+    int status = open_of_thread(held->status, "/proc/thread-self/status", O_RDONLY);
+    int r = status < 0 ? status : read_status(status, &reading);
+    close_of_thread(held->status, status);
     if (r == 0)
         r = read_place(ret_identity, ret_around);
-    if (files == &own) {
-        afk_os_close(own.status);
-        afk_os_close(own.ns);
-        afk_os_close(own.cgroup);
-    }
     if (r < 0)
         return r;
     int securebits = prctl(PR_GET_SECUREBITS, 0, 0, 0, 0);
@@ -305,6 +297,19 @@ afk_identity_read(const struct afk_proc_files *held, struct afk_identity *ret_id
     ret_around->environment = hash_environment();
     read_scheduling(ret_around);
     return 0;
+}
+
+int
+afk_identity_read_rest(const struct afk_proc_files *held, struct afk_identity *identity)
+{
+    int ns = open_of_thread(held->ns, "/proc/thread-self/ns", O_PATH | O_DIRECTORY);
+    int cgroup = open_of_thread(held->cgroup, "/proc/thread-self/cgroup", O_RDONLY);
+    int r = ns < 0 ? ns : cgroup < 0 ? cgroup : read_namespaces(ns, &identity->namespaces);
+    if (r == 0)
+        r = read_hash(cgroup, &identity->cgroup);
+    close_of_thread(held->ns, ns);
+    close_of_thread(held->cgroup, cgroup);
+    return r;
 }
 
 const char *

@@ -28,6 +28,7 @@
 /* The number of a standard stream that is closed is not for us: a host may open it. */
 #define ABOVE_STREAMS 3
 #define ENVIRONMENT_ROOM 8192
+#define BODY_ALWAYS_FITS 1024        /* SOCK_MIN_SNDBUF of the kernel is four times that */
 #define OFFERS_TRIED 64              /* dead ones, in one start */
 #define REFILL_DELAY_NS ((int64_t)1000000) /* behind the user's first line */
 #define REFILL_AFTER_DEATH_NS ((int64_t)100000000)
@@ -147,6 +148,8 @@ struct afk_template {
     struct afk_identity identity;
     struct afk_surroundings around; /* its own, once it is ready */
     atomic_ullong starts, misses;
+    atomic_uint n_took;
+    atomic_llong took[AFK_CALLS_KEPT]; /* a ring */
 };
 
 static void
@@ -177,6 +180,8 @@ afk_template_new(struct afk_template **ret_template, int *ret_server_end,
     int r = afk_proc_files_open(&t->files);
     if (r == 0)
         r = afk_identity_read(&t->files, &t->identity, &t->around);
+    if (r == 0)
+        r = afk_identity_read_rest(&t->files, &t->identity);
     take_ids(t->ids);
     if (r == 0)
         r = afk_os_capabilities(t->capabilities);
@@ -245,10 +250,26 @@ afk_template_counts(const struct afk_template *t, struct afk_template_counts *re
     ret->misses = atomic_load(&t->misses);
 }
 
-void
-afk_template_missed(struct afk_template *t)
+unsigned
+afk_template_calls(const struct afk_template *t, int64_t ret[AFK_CALLS_KEPT])
 {
-    atomic_fetch_add(&t->misses, 1);
+    unsigned n = atomic_load(&t->n_took);
+    n = n < AFK_CALLS_KEPT ? n : AFK_CALLS_KEPT;
+    for (unsigned i = 0; i < n; i++)
+        ret[i] = atomic_load(&t->took[i]);
+    return n;
+}
+
+void
+afk_template_took(struct afk_template *t, int64_t ns)
+{
+    atomic_store(&t->took[atomic_fetch_add(&t->n_took, 1) % AFK_CALLS_KEPT], ns);
+}
+
+void
+afk_template_missed(struct afk_template *t, unsigned n)
+{
+    atomic_fetch_add(&t->misses, n);
 }
 
 static bool
@@ -662,7 +683,8 @@ send_start(struct afk_template *t, const struct afk_surroundings *now,
     add_body(&out, pickle, size);
     struct afk_child_view view;
     afk_child_view(child, &view);
-    if (out.head.body_bytes > body_room(view.status_fd)) {
+    if (out.head.body_bytes > BODY_ALWAYS_FITS &&
+        out.head.body_bytes > body_room(view.status_fd)) {
         r = body_to_memfd(&out);
         if (r < 0) {
             r = AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_HANDSHAKE, -r, "memfd of the target");
@@ -674,7 +696,6 @@ send_start(struct afk_template *t, const struct afk_surroundings *now,
                      "fds: too many for one message to a template's worker");
         goto out;
     }
-    out.vec[out.n_vec++] = (struct iovec){"g", 1}; /* read when it has armed its lifeline */
     r = send_with_fds(view.status_fd, out.vec, out.n_vec, out.fds, out.n_fds, MSG_DONTWAIT);
     if (r == -EPIPE || r == -ECONNRESET || r == -EMSGSIZE)
         r = -EAGAIN; /* it died after we looked: the next */
@@ -689,10 +710,73 @@ out:
     return r;
 }
 
+/* A standby that lives gets the start. As afk_template_start(). */
+static int
+start_one(struct afk_template *t, const struct afk_surroundings *now, struct afk_template_job *job,
+          const char **ret_why, struct anyfork_error *reterr)
+{
+    for (int tries = 0; tries < OFFERS_TRIED; tries++) {
+        int r = take_offer(t, &job->child, ret_why, reterr);
+        if (r < 0)
+            return r;
+        r = send_start(t, now, job->setup, job->pickle, job->size, job->child, ret_why, reterr);
+        if (r == 0)
+            return 0;
+        anyfork_child_close(job->child);
+        job->child = NULL;
+        if (r != -EAGAIN)
+            return r;
+    }
+    return -EAGAIN;
+}
+
+/* The rest of what it has to have in common with us, while standbys prepare themselves. */
+static int
+check_the_rest(struct afk_template *t, const struct afk_identity *seen, const char **ret_why,
+               struct anyfork_error *reterr)
+{
+    struct afk_identity identity = *seen;
+    int r = afk_identity_read_rest(&t->files, &identity);
+    if (r < 0)
+        return AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_TEMPLATE, -r,
+                        "/proc cannot be read, which says what this process may do");
+    *ret_why = afk_identity_difference(&t->identity, &identity);
+    return *ret_why != NULL ? -ESTALE : 0;
+}
+
+/* Until then it runs nothing of the user's. 0; or -EAGAIN: it has ended, and has not even an
+ * error to report. */
+static int
+confirm(struct anyfork_child *child)
+{
+    struct afk_child_view view;
+    struct afk_report report;
+    const struct iovec go = {"g", 1};
+    afk_child_view(child, &view);
+    if (send_with_fds(view.status_fd, &go, 1, NULL, 0, MSG_DONTWAIT) == 0)
+        return 0;
+    ssize_t n = recv(view.status_fd, &report, sizeof report, MSG_PEEK | MSG_DONTWAIT);
+    return n == (ssize_t)sizeof report && report.kind == AFK_REPORT_ERROR ? 0 : -EAGAIN;
+}
+
+static bool
+is_sent(const struct afk_template_job *job)
+{
+    return job->child != NULL && !job->started;
+}
+
+static bool
+is_any_sent(const struct afk_template_job *jobs, unsigned n)
+{
+    for (unsigned i = 0; i < n; i++)
+        if (is_sent(&jobs[i]))
+            return true;
+    return false;
+}
+
 int
-afk_template_start(struct afk_template *t, const struct afk_setup *setup, const char *pickle,
-                   size_t size, struct anyfork_child **ret_child, const char **ret_why,
-                   struct anyfork_error *reterr)
+afk_template_start(struct afk_template *t, struct afk_template_job *jobs, unsigned n,
+                   const char **ret_why, struct anyfork_error *reterr)
 {
     struct afk_identity identity;
     struct afk_surroundings now;
@@ -704,25 +788,29 @@ afk_template_start(struct afk_template *t, const struct afk_setup *setup, const 
     if (r < 0)
         return AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_TEMPLATE, -r,
                         "/proc cannot be read, which says what this process may do");
+    identity.namespaces = t->identity.namespaces; /* not seen yet */
+    identity.cgroup = t->identity.cgroup;
     *ret_why = afk_identity_difference(&t->identity, &identity);
     if (*ret_why != NULL)
         return -ESTALE;
-    for (int tries = 0; tries < OFFERS_TRIED; tries++) {
-        struct anyfork_child *child = NULL;
-        r = take_offer(t, &child, ret_why, reterr);
-        if (r < 0)
-            return r;
-        r = send_start(t, &now, setup, pickle, size, child, ret_why, reterr);
-        if (r == 0) {
+    for (unsigned i = 0; i < n && r == 0; i++)
+        if (jobs[i].child == NULL)
+            r = start_one(t, &now, &jobs[i], ret_why, reterr);
+    int checked = is_any_sent(jobs, n) ? check_the_rest(t, &identity, ret_why, reterr) : 0;
+    for (unsigned i = 0; i < n; i++) {
+        if (!is_sent(&jobs[i]))
+            continue;
+        if (checked == 0 && confirm(jobs[i].child) == 0) {
+            jobs[i].started = true;
             atomic_fetch_add(&t->starts, 1);
-            *ret_child = child;
-            return 0;
+            continue;
         }
-        anyfork_child_close(child);
-        if (r != -EAGAIN)
-            return r;
+        /* It has died, and had not run anything: another takes its place. */
+        anyfork_child_close(jobs[i].child);
+        jobs[i].child = NULL;
+        r = r == 0 ? -EAGAIN : r;
     }
-    return -EAGAIN;
+    return checked < 0 ? checked : r;
 }
 
 /* ---- the server ------------------------------------------------------------------------- */
@@ -1237,14 +1325,15 @@ unpack(struct afk_start *start, const struct afk_start_message *head, int *fds, 
     return r;
 }
 
-void
-afk_start_armed(int fd)
+bool
+afk_start_is_confirmed(int fd)
 {
     char go;
     ssize_t n;
     do
-        n = read(fd, &go, 1);
-    while (n < 0 && errno == EINTR);
+        n = AFK_SYS("read(confirmation)", (n = read(fd, &go, 1)) < 0 ? -errno : n);
+    while (n == -EINTR);
+    return n == 1;
 }
 
 int

@@ -366,7 +366,6 @@ begin_start(PyObject *boot, struct afk_plan *plan, struct afk_start *start,
     own_descriptors(plan);
     afk_child_join_session(plan);
     arm_as_asked(plan, start);
-    afk_start_armed(plan->status_fd);
     if (start->cwd_fd >= 0 && fchdir(start->cwd_fd) < 0)
         afk_child_give_up(plan, ANYFORK_STAGE_OPTION, errno, "cwd");
     afk_os_close(start->cwd_fd);
@@ -428,6 +427,8 @@ afk_boot_run_standby(PyObject *boot, struct afk_forking *f, const struct afk_sta
     (void)!write(standby->taken_fd, &me, sizeof me);
     (void)close(standby->taken_fd);
     begin_start(boot, &f->plan, &start, &reporter);
+    if (!afk_start_is_confirmed(f->plan.status_fd))
+        _exit(0);
     job.pickle = start.pickle;
     job.pickle_size = start.pickle_size;
     end_worker(boot, &reporter, afk_boot_run_target(boot, &job, &reporter));

@@ -278,6 +278,14 @@ int afk_subint_host(const struct afk_job *job, const struct afk_reporter *report
 int afk_subint_join_all(void);
 unsigned afk_subint_threads(void);
 
+/* ---- start.c -------------------------------------------------------------------- */
+/* One message to each of n standbys; those that are not ready the template is asked for in
+ * one. `jobs` have a pickle each. 0; AFK_STALE, with the reason as detail: the template has to be
+ * made again for those that are not started; or a code with reterr filled. What was started is,
+ * in each case. */
+int afk_start_many(struct afk_template *t, const struct anyfork_options *options,
+                   struct afk_template_job *jobs, unsigned n, struct anyfork_error *reterr);
+
 /* ---- template.c ----------------------------------------------------------------- */
 /* Serves, in a template, until its owner has gone and all workers have ended. Call with the
  * main thread's state of main. */

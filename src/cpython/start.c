@@ -13,6 +13,7 @@
 
 #define PAD_TIMEOUT_NS ((int64_t)10 * 1000000000)
 #define TEMPLATE_TIMEOUT_NS ((int64_t)30 * 1000000000)
+#define CHUNK 32u /* starts whose options are held, with their descriptors, at once */
 #define ASK_AGAIN_NS ((int64_t)1000000000) /* a standby may have died before it was taken */
 
 /* What the worker's standard streams and logs write to. They are its own too, under the
@@ -186,48 +187,119 @@ afk_start_exec(const struct afk_method *method, const struct afk_job *job,
     return r;
 }
 
-/* With the GIL: no other thread of this interpreter runs until the standby has been told.
- * Where none is ready the template is asked for one, and the GIL is let go. */
-int
-afk_start_zygote(const struct afk_method *method, const struct afk_job *job,
-                 struct anyfork_child **ret_child, struct anyfork_error *reterr)
+/* A worker without a lifeline: until then it would end with us. */
+static void
+await_armed(const struct afk_template_job *jobs, unsigned n)
 {
-    int64_t deadline = 0, ask_again = 0;
-    (void)method;
-    if (job->template == NULL)
-        return AFK_FAIL(reterr, ANYFORK_EINVAL, ANYFORK_STAGE_ARGUMENT, 0, "template: none is given");
+    for (unsigned i = 0; i < n; i++) {
+        if (!jobs[i].started || jobs[i].setup->lifeline_signal != 0)
+            continue;
+        Py_BEGIN_ALLOW_THREADS
+        afk_child_await_armed(jobs[i].child);
+        Py_END_ALLOW_THREADS
+    }
+}
+
+static unsigned
+not_started(const struct afk_template_job *jobs, unsigned n)
+{
+    unsigned left = 0;
+    for (unsigned i = 0; i < n; i++)
+        left += !jobs[i].started;
+    return left;
+}
+
+/* All of them, with the GIL: no other thread runs until the standbys have been told. While some
+ * are waited for it is let go. AFK_STALE, with the reason as detail: the template has to be made
+ * again for those that are not started. */
+static int
+start_from_template(struct afk_template *t, struct afk_template_job *jobs, unsigned n,
+                    struct anyfork_error *reterr)
+{
+    int64_t begun = afk_os_now_ns(), deadline = 0, ask_again = 0;
     for (;;) {
         const char *why = NULL;
-        int r = afk_template_start(job->template, job->setup, job->pickle, job->pickle_size,
-                                   ret_child, &why, reterr);
+        int r = afk_template_start(t, jobs, n, &why, reterr);
         int64_t now = afk_os_now_ns();
         if (r == -EAGAIN && now >= ask_again) {
-            r = afk_template_want(job->template, 1);
+            unsigned wanted = not_started(jobs, n);
+            r = afk_template_want(t, wanted);
             why = "it has ended";
             if (deadline == 0)
-                afk_template_missed(job->template);
+                afk_template_missed(t, wanted);
             ask_again = now + ASK_AGAIN_NS;
             deadline = deadline == 0 ? now + TEMPLATE_TIMEOUT_NS : deadline;
             r = r == 0 ? -EAGAIN : r;
         }
+        if (r != -EAGAIN)
+            await_armed(jobs, n);
+        if (r == 0)
+            afk_template_took(t, now - begun);
         if (r == -ESTALE)
             return AFK_FAIL(reterr, AFK_STALE, ANYFORK_STAGE_TEMPLATE, 0, why);
-        if (r == 0 && job->setup->lifeline_signal == 0) {
-            Py_BEGIN_ALLOW_THREADS /* until then it would end with us */
-            afk_child_await_armed(*ret_child);
-            Py_END_ALLOW_THREADS
-        }
         if (r != -EAGAIN)
             return r;
         if (now >= deadline)
             return AFK_FAIL(reterr, ANYFORK_ETIMEDOUT, ANYFORK_STAGE_TEMPLATE, 0,
                             "it does not answer");
         Py_BEGIN_ALLOW_THREADS
-        r = afk_template_wait(job->template, ask_again < deadline ? ask_again - now : deadline - now);
+        r = afk_template_wait(t, ask_again < deadline ? ask_again - now : deadline - now);
         Py_END_ALLOW_THREADS
         if (r == -EINTR && PyErr_CheckSignals() < 0)
             return AFK_FAIL(reterr, ANYFORK_EPYTHON, ANYFORK_STAGE_TEMPLATE, 0, "interrupted");
     }
+}
+
+int
+afk_start_zygote(const struct afk_method *method, const struct afk_job *job,
+                 struct anyfork_child **ret_child, struct anyfork_error *reterr)
+{
+    (void)method;
+    if (job->template == NULL)
+        return AFK_FAIL(reterr, ANYFORK_EINVAL, ANYFORK_STAGE_ARGUMENT, 0, "template: none is given");
+    struct afk_template_job one = {
+        .setup = job->setup, .pickle = job->pickle, .size = job->pickle_size};
+    int r = start_from_template(job->template, &one, 1, reterr);
+    *ret_child = one.child;
+    return r;
+}
+
+static int
+start_chunk(struct afk_template *t, const struct anyfork_options *options, struct afk_setup *setups,
+            struct afk_template_job *jobs, unsigned n, struct anyfork_error *reterr)
+{
+    unsigned prepared = 0;
+    int r = 0;
+    while (r == 0 && prepared < n) {
+        r = afk_setup_prepare(&setups[prepared], options, AFK_SETUP_TEMPLATE, -1, reterr);
+        if (r == 0) {
+            jobs[prepared].setup = &setups[prepared];
+            prepared++;
+        }
+    }
+    if (r == 0)
+        r = start_from_template(t, jobs, n, reterr);
+    for (unsigned i = 0; i < prepared; i++) {
+        if (jobs[i].started)
+            afk_child_set_stdio(jobs[i].child, &setups[i]);
+        afk_setup_release(&setups[i]);
+        jobs[i].setup = NULL;
+    }
+    return r;
+}
+
+int
+afk_start_many(struct afk_template *t, const struct anyfork_options *options,
+               struct afk_template_job *jobs, unsigned n, struct anyfork_error *reterr)
+{
+    struct afk_setup *setups = AFK_ALLOC("malloc(setups)", malloc(CHUNK * sizeof *setups));
+    int r = afk_check_caller(reterr);
+    if (setups == NULL)
+        r = AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_MEMORY, ENOMEM, "options");
+    for (unsigned at = 0; at < n && r == 0; at += CHUNK)
+        r = start_chunk(t, options, setups, jobs + at, n - at < CHUNK ? n - at : CHUNK, reterr);
+    free(setups);
+    return r;
 }
 
 int

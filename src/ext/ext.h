@@ -33,5 +33,9 @@ PyObject *ext_child_wrap(PyTypeObject *type, struct anyfork_child *child, const 
 /* py_template.c */
 extern PyType_Spec ext_template_spec;
 struct afk_template *ext_template_of(PyObject *template); /* of the type; borrowed */
+/* (handles of type `type`, None), for as many pickles; or (handles, and None for those that were
+ * not started; a str: why the template has to be made again). */
+PyObject *ext_template_start_many(PyObject *template, PyTypeObject *type, PyObject *pickles,
+                                  const struct anyfork_options *options);
 
 #endif

@@ -147,6 +147,25 @@ ext_spawn(PyObject *module, PyObject *args)
     return ext_child_wrap((PyTypeObject *)type, child, method->name);
 }
 
+/* spawn_many(type, list of bytes that _boot.load() understands, options or None, template). */
+static PyObject *
+ext_spawn_many(PyObject *module, PyObject *args)
+{
+    PyObject *type, *pickles, *dict, *template;
+    if (!PyArg_ParseTuple(args, "O!O!OO!", &PyType_Type, &type, &PyList_Type, &pickles, &dict,
+                          ext_state_of(module)->template_type, &template))
+        return NULL;
+    if (check_finalizing(module) < 0)
+        return NULL;
+    struct ext_options x = {.keep = NULL};
+    if (dict != Py_None && !ext_options_take(&x, dict))
+        return NULL;
+    PyObject *result = ext_template_start_many(template, (PyTypeObject *)type, pickles,
+                                               dict != Py_None ? &x.options : NULL);
+    ext_options_release(&x);
+    return result;
+}
+
 /* exec_worker(report fd, pickle): the main program of a worker by exec. */
 static PyObject *
 ext_exec_worker(PyObject *Py_UNUSED(module), PyObject *args)
@@ -205,6 +224,16 @@ ext_stream_is_open(PyObject *Py_UNUSED(module), PyObject *number)
     if (PyErr_Occurred())
         return NULL;
     return PyBool_FromLong(afk_os_fd_is_open(fd) && !afk_lifeline_holds(fd));
+}
+
+/* holds(fd): whether it is a descriptor of ours. */
+static PyObject *
+ext_holds(PyObject *Py_UNUSED(module), PyObject *number)
+{
+    int fd = PyLong_AsInt(number);
+    if (PyErr_Occurred())
+        return NULL;
+    return PyBool_FromLong(afk_lifeline_holds(fd));
 }
 
 /* set_title(text): what ps shows of this process. */
@@ -444,10 +473,12 @@ static PyMethodDef functions[] = {
     {"forkpty", ext_forkpty, METH_NOARGS,
      "forkpty()\n--\n\nFork with a new pseudo-terminal; returns (pid, master fd)."},
     {"spawn", ext_spawn, METH_VARARGS, NULL},
+    {"spawn_many", ext_spawn_many, METH_VARARGS, NULL},
     {"exec_worker", ext_exec_worker, METH_VARARGS, NULL},
     {"begin_template", ext_begin_template, METH_VARARGS, NULL},
     {"serve", ext_serve, METH_VARARGS, NULL},
     {"stream_is_open", ext_stream_is_open, METH_O, NULL},
+    {"holds", ext_holds, METH_O, NULL},
     {"set_title", ext_set_title, METH_O, NULL},
     {"method_traits", ext_method_traits, METH_NOARGS, NULL},
     {"methods", ext_methods, METH_NOARGS, NULL},

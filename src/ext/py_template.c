@@ -103,6 +103,91 @@ template_counts(PyObject *op, PyObject *Py_UNUSED(args))
 }
 
 static PyObject *
+template_calls(PyObject *op, PyObject *Py_UNUSED(args))
+{
+    int64_t took[AFK_CALLS_KEPT];
+    unsigned n = afk_template_calls(ext_template_of(op), took);
+    PyObject *list = PyList_New((Py_ssize_t)n);
+    for (unsigned i = 0; list != NULL && i < n; i++) {
+        PyObject *one = PyLong_FromLongLong(took[i]);
+        if (one != NULL)
+            PyList_SET_ITEM(list, (Py_ssize_t)i, one);
+        else
+            Py_CLEAR(list);
+    }
+    return list;
+}
+
+/* The handles of those that were started, None for the others. */
+static PyObject *
+wrap_all(PyTypeObject *type, struct afk_template_job *jobs, Py_ssize_t n)
+{
+    PyObject *list = PyList_New(n);
+    for (Py_ssize_t i = 0; i < n; i++) {
+        PyObject *one = Py_NewRef(Py_None);
+        if (jobs[i].started) {
+            Py_DECREF(one);
+            one = list != NULL ? ext_child_wrap(type, jobs[i].child, "zygote") : NULL;
+            if (list == NULL)
+                anyfork_child_close(jobs[i].child);
+        }
+        if (one == NULL)
+            Py_CLEAR(list);
+        else if (list != NULL)
+            PyList_SET_ITEM(list, i, one);
+    }
+    return list;
+}
+
+static bool
+take_pickles(PyObject *pickles, struct afk_template_job *jobs)
+{
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(pickles); i++) {
+        PyObject *pickle = PyList_GET_ITEM(pickles, i);
+        if (!PyBytes_Check(pickle)) {
+            PyErr_SetString(PyExc_TypeError, "pickles: a list of bytes is wanted");
+            return false;
+        }
+        jobs[i] = (struct afk_template_job){.pickle = PyBytes_AS_STRING(pickle),
+                                            .size = (size_t)PyBytes_GET_SIZE(pickle)};
+    }
+    return true;
+}
+
+static PyObject *
+start_all(struct afk_template *t, PyTypeObject *type, const struct anyfork_options *options,
+          struct afk_template_job *jobs, Py_ssize_t n)
+{
+    struct anyfork_error error;
+    int r = afk_start_many(t, options, jobs, (unsigned)n, &error);
+    PyObject *children = wrap_all(type, jobs, n);
+    if (children == NULL)
+        return NULL;
+    if (r == AFK_STALE)
+        return Py_BuildValue("NN", children, ext_text(error.detail));
+    if (r == 0)
+        return Py_BuildValue("NO", children, Py_None);
+    PyObject *raised = ext_raise(&error, "zygote");
+    Py_DECREF(children); /* which ends those that were started */
+    return raised;
+}
+
+PyObject *
+ext_template_start_many(PyObject *template, PyTypeObject *type, PyObject *pickles,
+                        const struct anyfork_options *options)
+{
+    Py_ssize_t n = PyList_GET_SIZE(pickles);
+    struct afk_template_job *jobs = PyMem_Calloc((size_t)n + 1, sizeof *jobs);
+    if (jobs == NULL)
+        return PyErr_NoMemory();
+    PyObject *result = NULL;
+    if (take_pickles(pickles, jobs))
+        result = start_all(ext_template_of(template), type, options, jobs, n);
+    PyMem_Free(jobs);
+    return result;
+}
+
+static PyObject *
 template_close(PyObject *op, PyObject *Py_UNUSED(args))
 {
     afk_template_close(ext_template_of(op));
@@ -116,6 +201,7 @@ static PyMethodDef template_methods[] = {
     {"drop_server_end", template_drop_server_end, METH_NOARGS, NULL},
     {"hello", template_hello, METH_NOARGS, NULL},
     {"capabilities", template_capabilities, METH_NOARGS, NULL},
+    {"calls", template_calls, METH_NOARGS, NULL},
     {"counts", template_counts, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
 };

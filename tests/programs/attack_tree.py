@@ -1,0 +1,281 @@
+"""Templates of templates, snapshots, workers by the dozen, and what stats() says of them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from typing import Any
+
+from attack_common import LIMIT, is_gone, places, raises, same, until
+from attack_template import children_of, give, imported, module, pid_of, set_value
+
+import anyfork
+
+STATE: dict[str, Any] = {}
+
+
+def state() -> dict[str, Any]:
+    """A snapshot's workers find this module as it was."""
+    return STATE
+
+
+def parent() -> int:
+    return os.getppid()
+
+
+def seed_of_hashes() -> int:
+    return hash("of this process")
+
+
+# ---- many at once -----------------------------------------------------------------------
+
+
+@places("main", "isolated")
+def check_many_at_once(place: str) -> None:
+    with anyfork.Template(standby=(1, 4)) as template:
+        until(lambda: len(children_of(pid_of(template))) == 4, "standbys")
+        children = template.spawn_many(give, [(n,) for n in range(70)])
+        same([child.result(LIMIT) for child in children], list(range(70)))
+        same(len({child.pid for child in children}), 70)
+        for child in children:
+            child.close()
+        stats = template.stats()
+        same((stats.starts, stats.made), (70, 1))
+        assert 60 <= stats.missed < 70, stats
+        same(template.spawn_many(give, []), [])
+
+
+@places("main", "isolated")
+def check_options_of_many(place: str) -> None:
+    def name() -> tuple[str, int]:
+        with open("/proc/self/comm") as f:
+            print("out", flush=True)
+            return f.read().strip(), os.getpriority(os.PRIO_PROCESS, 0)
+
+    mine = os.getpriority(os.PRIO_PROCESS, 0)
+    children = anyfork.spawn_many(name, [()] * 40, name="of many", nice=2, stdout=-1)
+    for child in children:
+        same(child.result(LIMIT), ("of many", mine + 2))
+        assert child.stdout is not None
+        same(child.stdout.read(), b"out\n")
+        child.close()
+
+
+@places("main", "isolated")
+def check_bad_input_of_many(place: str) -> None:
+    template = anyfork.warm()
+    until(lambda: template.stats().standbys == 4, "standbys")
+    before = template.stats().starts
+    for kind, call in (
+        (TypeError, lambda: anyfork.spawn_many(give, [1])),
+        (TypeError, lambda: anyfork.spawn_many(give, 7)),  # type: ignore[arg-type]
+        (TypeError, lambda: anyfork.spawn_many(None, [()])),  # type: ignore[arg-type]
+        (TypeError, lambda: anyfork.spawn_many(give, [(threading.Lock(),)])),
+        (TypeError, lambda: anyfork.spawn_many(give, [()], nonsense=1)),
+        (ValueError, lambda: anyfork.spawn_many(give, [()], fresh=True)),
+        (anyfork.SpawnError, lambda: anyfork.spawn_many(give, [()], stdin="/nowhere/at/all")),
+    ):
+        raises(kind, call)
+    same(template.stats().starts, before)
+
+
+@places("main", "isolated")
+def check_some_of_many_that_fail(place: str) -> None:
+    def fail(n: int) -> int:
+        return 100 // n
+
+    children = anyfork.spawn_many(fail, [(n,) for n in (1, 0, 2)])
+    same((children[0].result(LIMIT), children[2].result(LIMIT)), (100, 50))
+    raises(ZeroDivisionError, children[1].result)
+    for child in children:
+        child.close()
+
+
+@places("main", "isolated")
+def check_standbys_that_die_under_many(place: str) -> None:
+    """Those that were dead when they were asked are passed over, and in their order."""
+    with anyfork.Template(standby=(4, 8)) as template:
+        for _ in range(3):
+            until(lambda: template.stats().standbys == 8, "standbys")
+            for standby in children_of(pid_of(template))[::2]:
+                os.kill(standby, signal.SIGKILL)
+                until(lambda pid=standby: is_gone(pid), "its end")
+            children = template.spawn_many(give, [(n,) for n in range(12)])
+            same([child.result(LIMIT) for child in children], list(range(12)))
+            for child in children:
+                child.close()
+
+
+# ---- a process of its own ---------------------------------------------------------------
+
+
+@places("main", "isolated")
+def check_fresh(place: str) -> None:
+    with module("VALUE = 1\n") as name, anyfork.Template([name]) as template:
+        shared = {template.run(seed_of_hashes) for _ in range(2)}
+        same(len(shared), 1)
+        fresh = {template.run(seed_of_hashes, fresh=True) for _ in range(2)}
+        same(len(fresh | shared), 3)
+        same(template.run(imported, name, fresh=True), (True, 1))
+        same(template.stats().made, 1)
+        raises(ValueError, lambda: anyfork.spawn(give, method="fork", fresh=True))
+        raises(TypeError, lambda: template.spawn(give, fresh=1))
+
+
+# ---- trees --------------------------------------------------------------------------------
+
+
+@places("main", "isolated")
+def check_a_tree(place: str) -> None:
+    with (
+        module("VALUE = 1\n") as trunk,
+        module("VALUE = 2\n") as branch,
+        anyfork.Template([trunk], setup=lambda: set_value(trunk, 5)) as root,
+        root.child([branch]) as child,
+        child.child() as leaf,
+    ):
+        same(child.run(imported, trunk), (True, 5))
+        same(child.run(imported, branch), (True, 2))
+        same(root.run(imported, branch), (False, None))
+        same(leaf.run(imported, branch), (True, 2))
+        same(leaf.run(parent), pid_of(leaf))
+        assert pid_of(leaf) in children_of(pid_of(child))
+        assert pid_of(child) in children_of(pid_of(root))
+        same(leaf.run(imported, trunk, fresh=True), (True, 5))
+        # A root that ends takes nothing with it.
+        old = pid_of(root)
+        os.kill(old, signal.SIGKILL)
+        until(lambda: is_gone(old), "the root's end")
+        same([leaf.run(give, n) for n in range(6)], list(range(6)))
+        same(leaf.stats().made, 1)
+        # A branch is made again from its root, or what was left of it.
+        for template in (leaf, child):
+            pid = pid_of(template)
+            os.kill(pid, signal.SIGKILL)
+            until(lambda pid=pid: is_gone(pid), "its end")
+        same([leaf.run(imported, trunk) for n in range(6)], [(True, 5)] * 6)
+        for template in (leaf, child):
+            until(lambda t=template: t.run(give, t.stats().made) == 2, "a new process")
+
+
+@places("main", "isolated")
+def check_branches_that_fail(place: str) -> None:
+    with anyfork.Template() as root, module("raise KeyError('of the branch')") as name:
+        for _ in range(2):
+            exc = raises(KeyError, root.child([name]).warm)
+            assert "of the branch" in str(exc), exc
+        same(root.run(give, 1), 1)
+        same(root.stats().made, 1)
+    closed = root.child()
+    raises(ValueError, closed.warm)
+
+
+# ---- snapshots ------------------------------------------------------------------------------
+
+
+def use_a_snapshot() -> list[str]:
+    """In a process of its own: what has gone wrong."""
+    wrong = []
+
+    def expect(what: str, found: object, wanted: object) -> None:
+        if found != wanted:
+            wrong.append(f"{what}: {found!r}, not {wanted!r}")
+
+    STATE["kept"] = ["of then", lambda: 1]  # no pickle could bring it there
+    sys.modules["attack_made_here"] = type(sys)("attack_made_here")
+    template = anyfork.snapshot(standby=(1, 2))
+    STATE["kept"] = ["of now"]
+    expect("state", template.run(lambda: 7), 7)
+    expect("module state", template.run(first_of_state), "of then")
+    expect("module", template.run(imported, "attack_made_here"), (True, None))
+    expect("parent", template.run(parent), template.stats().pid)
+    with template.spawn(time.sleep, 0.3) as child:
+        pid = template.stats().pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        expect("a worker of a lost one", child.wait(LIMIT), 0)
+    for _ in range(10):  # at first with the standbys that are left
+        try:
+            template.run(give)
+        except anyfork.TemplateLost as exc:
+            if "take another" not in str(exc):
+                wrong.append(str(exc))
+            break
+    else:
+        wrong.append("it was not lost")
+    expect("another", anyfork.snapshot().run(first_of_state), "of now")
+    for call in (template.reload, lambda: template.spawn(give, fresh=True)):
+        try:
+            call()
+            wrong.append("no ValueError")
+        except ValueError:
+            pass
+    return wrong
+
+
+def first_of_state() -> str:
+    text: str = STATE["kept"][0]
+    return text
+
+
+@places("main")
+def check_a_snapshot(place: str) -> None:
+    same(anyfork.run(use_a_snapshot, method="exec"), [])
+
+
+def snapshot_beside(what: str) -> str:
+    held = threading.Lock()
+    STATE["holder"] = type("Holder", (), {})()
+    STATE["holder"].held = held
+    end = threading.Event()
+    if what == "lock":
+        held.acquire()
+    thread = threading.Thread(target=end.wait, args=(LIMIT,), name="beside it")
+    if what == "thread":
+        thread.start()
+    try:
+        anyfork.snapshot()
+    except RuntimeError as exc:
+        return str(exc)
+    finally:
+        end.set()
+    return "it was taken"
+
+
+@places("main")
+def check_a_snapshot_looks_first(place: str) -> None:
+    for what, words in (("thread", "beside it"), ("lock", "held"), ("nothing", "it was taken")):
+        text = anyfork.run(snapshot_beside, what, method="exec")
+        assert words in text, (what, text)
+
+
+@places("isolated", "legacy")
+def check_no_snapshot_of_a_sub_interpreter(place: str) -> None:
+    exc = raises(anyfork.MethodUnavailable, anyfork.snapshot)
+    assert "main interpreter" in str(exc), exc
+
+
+# ---- what it says of itself -------------------------------------------------------------------
+
+
+@places("main", "isolated")
+def check_stats(place: str) -> None:
+    template = anyfork.Template(standby=(1, 3))
+    same(template.stats(), (0, 0, 0, None, 0, 0, None, None))
+    with template.warm():
+        until(lambda: template.stats().standbys == 3, "standbys")
+        with template.spawn(time.sleep, LIMIT) as child:
+            child.wait_ready(LIMIT)
+            until(lambda: template.stats().standbys == 3, "the next standby")
+            stats = template.stats()
+            same((stats.starts, stats.missed, stats.made, stats.workers), (1, 0, 1, 1))
+            assert stats.call is not None
+            assert 0 < stats.call[0] <= stats.call[1] < LIMIT, stats
+            assert stats.pss is not None
+            assert 1000 < stats.pss < 1_000_000, stats
+        same(template.run(give, 1), 1)
+        same(template.stats().starts, 2)
+    same((template.stats().starts, template.stats().pid), (2, None))
