@@ -79,7 +79,9 @@ def spawn_many[ChildT: Child](
 def begin_template(control: int, capabilities: tuple[int, int, int], /) -> None:
     """Be a template-to-be: with no more capabilities than these, and nobody else has its socket."""
 
-def serve(control: int, owner: int, low: int, high: int, idle: float, /) -> None:
+def serve(
+    control: int, owner: int, low: int, high: int, idle: float, shared: bool, /
+) -> None:
     """Be a template: until its owner has gone and all workers have ended."""
 
 def holds(fd: int, /) -> bool:
@@ -102,6 +104,10 @@ class Template:
         """The descriptor for the template-to-be; -1 once dropped."""
 
     def drop_server_end(self) -> None: ...
+    def attach(self) -> bool:
+        """Ask the template that has made this process to serve it too, at the server's end.
+        False: it is not shared."""
+
     def hello(self) -> bool:
         """Whether it serves by now. Raises SpawnError."""
 

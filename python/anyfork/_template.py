@@ -40,11 +40,27 @@ class _Process(Child):
         pass
 
 
+class _NotOurs:
+    """In place of a handle: the process has another owner too."""
+
+    pid: int | None = None
+    pidfd: int | None = None
+
+    def is_alive(self) -> bool:
+        return True
+
+    def detach(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 class _Made(NamedTuple):
     """One process of a template."""
 
     link: _anyfork.Template
-    process: _Process
+    process: _Process | _NotOurs
     owner: int
     path: list[str]
     found: list[str] | None  # sys.path, if no working directory changes what it means
@@ -99,6 +115,8 @@ class Template:
     Safe from any thread of its interpreter. In a forked child it makes a process of the
     child's own.
     """
+
+    _shared = False  # with its workers
 
     def __init__(
         self,
@@ -195,14 +213,16 @@ class Template:
 
     def _specs(self) -> tuple[_Spec, ...]:
         """All that a fresh process has to load."""
-        if self is _default:
-            return (_Spec(("cloudpickle", *self._spec.preload), self._spec.setup),)
         return (self._spec,)
 
     def _begin(self, args: tuple[object, ...], options: Options) -> Child:
         """Start the process, whose target is :func:`_zygote.serve`."""
         return _exec.start_target(
-            _zygote.serve, (*args, _loads(self._specs())), options, template=True, cls=_Process
+            _zygote.serve,
+            (*args, self._shared, _loads(self._specs())),
+            options,
+            template=True,
+            cls=_Process,
         )
 
     def _make(self, standby: tuple[int, int] | None = None) -> _Made:
@@ -238,19 +258,19 @@ class Template:
             raise
         return _Made(link, process, os.getpid(), path, found if found == path else None, argv)
 
-    def _await(self, link: _anyfork.Template, process: _Process) -> None:
-        assert process.pidfd is not None
+    def _await(self, link: _anyfork.Template, process: _Process | _NotOurs) -> None:
         poll = select.poll()
         poll.register(link, select.POLLIN)
-        poll.register(process.pidfd, select.POLLIN)
+        if process.pidfd is not None:
+            poll.register(process.pidfd, select.POLLIN)
         end = time.monotonic() + self._timeout
         while True:
             try:
                 if link.hello():
                     return
             except SpawnError as failure:
-                if process.is_alive() and failure.errno:  # of another version, say
-                    raise
+                if isinstance(process, _NotOurs) or (process.is_alive() and failure.errno):
+                    raise  # of another version, say
                 exc = process.exception(_DEATH_TIMEOUT)
                 if exc is None or isinstance(exc, WorkerDied):
                     exc = SpawnError("template", failure.errno, METHOD, _ended(process))
@@ -446,6 +466,33 @@ class Template:
         return f"<anyfork.Template {list(self._spec.preload)} pid={pid}>"
 
 
+class _Default(Template):
+    """The template of starts that name none. Its workers have it too."""
+
+    _shared = True
+    _alone = False  # it cannot be that of the process that has made this one
+
+    def _specs(self) -> tuple[_Spec, ...]:
+        return (_Spec(("cloudpickle",), None),)
+
+    def _make(self, standby: tuple[int, int] | None = None) -> _Made:
+        if self._alone or standby is not None:
+            return super()._make(standby)
+        self._alone = True  # once it has gone, or must not serve this process any more
+        link = _anyfork.Template()
+        try:
+            if link.attach():
+                link.drop_server_end()
+                self._await(link, _NotOurs())
+                path, argv = _zygote.path, _zygote.argv
+                return _Made(link, _NotOurs(), os.getpid(), path, None, argv)
+        except SpawnError:  # it does not take this process
+            pass
+        link.drop_server_end()
+        link.close()
+        return super()._make()
+
+
 class _Branch(Template):
     """A template whose process is a worker of another template."""
 
@@ -459,7 +506,7 @@ class _Branch(Template):
     def _begin(self, args: tuple[object, ...], options: Options) -> Child:
         prepared = _options.prepare(METHOD, options)
         return self._parent.start(
-            _zygote.serve, (*args, _loads((self._spec,))), prepared, cls=_Process
+            _zygote.serve, (*args, False, _loads((self._spec,))), prepared, cls=_Process
         )
 
     def _start_fresh(
@@ -488,7 +535,7 @@ class _Snapshot(Template):
         try:
             prepared = _options.prepare("fork", {**options, "fds": {_CONTROL_FD: control}})
             process = _anyfork.spawn(
-                _Process, "fork", _zygote.serve, (*args, ()), prepared, -1, None
+                _Process, "fork", _zygote.serve, (*args, False, ()), prepared, -1, None
             )
         finally:
             os.close(control)
@@ -620,7 +667,7 @@ def _pickled(call: _pickling.Target) -> tuple[bytes, tuple[str, str, bool] | Non
 
 
 _templates: weakref.WeakSet[Template] = weakref.WeakSet()
-_default: Template | None = None
+_default: _Default | None = None
 _making_default = threading.Lock()
 
 
@@ -650,7 +697,7 @@ def default() -> Template:
     if _default is None:
         with _making_default:
             if _default is None:
-                _default = Template()
+                _default = _Default()
     return _default
 
 

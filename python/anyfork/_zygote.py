@@ -8,6 +8,10 @@ import sys
 
 from . import _anyfork, _audit, _boot
 
+# As a template had them when it began to serve; so in all of its workers.
+path: list[str] = []
+argv: list[str] = []
+
 
 def judge(found: list[_audit.Finding], audit: str) -> None:
     """RuntimeError with what was found, or a warning."""
@@ -44,13 +48,14 @@ def serve(
     standby: tuple[int, int],
     idle: float,
     audit: str,
+    shared: bool,
     loads: tuple[tuple[tuple[str, ...], bytes | None], ...],
 ) -> None:
     """The main program of a template; it returns once its owner and its workers have gone.
 
-    ``loads``: (modules, a setup function for _boot.load()), in their order; none: a snapshot.
-    Nothing is collected while modules are loaded, and what they have made is frozen: a
-    collection in a worker would copy all of it.
+    ``shared``: its workers can start workers with it. ``loads``: (modules, a setup function for
+    _boot.load()), in their order; none: a snapshot. Nothing is collected while modules are
+    loaded, and what they have made is frozen: a collection in a worker would copy all of it.
     """
     _anyfork.begin_template(control, capabilities)
     gc.disable()
@@ -67,4 +72,6 @@ def serve(
     gc.freeze()
     gc.enable()
     low, high = standby
-    _anyfork.serve(control, owner, low, high, idle)
+    global path, argv
+    path, argv = list(sys.path), list(sys.argv)
+    _anyfork.serve(control, owner, low, high, idle, shared)

@@ -409,6 +409,8 @@ void afk_proc_files_close(struct afk_proc_files *files);
 int afk_identity_read(const struct afk_proc_files *files, struct afk_identity *ret_identity,
                       struct afk_surroundings *ret_around);
 int afk_identity_read_rest(const struct afk_proc_files *files, struct afk_identity *identity);
+/* Of another process, as far as it can be read: to be compared with another one that was read so. */
+int afk_identity_read_of(pid_t pid, struct afk_identity *ret);
 /* NULL if they are the same; else what differs, a static string. */
 const char *afk_identity_difference(const struct afk_identity *a, const struct afk_identity *b);
 
@@ -450,6 +452,9 @@ struct afk_template_job {
 int afk_template_start(struct afk_template *template, struct afk_template_job *jobs, unsigned n,
                        const char **ret_why, struct anyfork_error *reterr);
 #define AFK_STALE (-6000) /* a start's code: the template has to be made again, and detail says why */
+/* In a worker of a template that is shared: have it serve this process too, whose end of the
+ * control socket is `server_end`. 0 or a negative errno. */
+int afk_template_attach(int door, int server_end);
 /* Asks for `n` standbys, at once. 0 or -ESTALE. */
 int afk_template_want(struct afk_template *template, unsigned n);
 /* Blocks until there may be a standby. 0, -EINTR, -ETIMEDOUT. */
@@ -461,11 +466,14 @@ struct afk_server_options {
     const struct afk_surroundings *around; /* of the template, and so of its workers */
     unsigned low, high; /* standbys: kept when idle, kept when busy */
     int64_t idle_ns;    /* without a start, before only `low` are kept */
+    bool shared;        /* its workers can start workers with it, while they may do what it may */
 };
 /* What a new standby has, in the process that the callback forked. */
 struct afk_standby {
     int report_fd, life_fd;
     int taken_fd; /* its pid goes there when it has begun its start */
+    int door_fd;  /* of a template that is shared; else -1 */
+    pid_t owner;  /* who alone can start it */
 };
 /* fork(2) into a standby: its pid, or a negative errno; in the child it never returns. */
 typedef pid_t (*afk_fork_standby)(void *arg, const struct afk_standby *standby);

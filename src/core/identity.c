@@ -12,6 +12,7 @@
 #include <fcntl.h>
 #include <sched.h>
 #include <signal.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <linux/securebits.h>
 #include <sys/prctl.h>
@@ -239,14 +240,24 @@ hash_environment(void)
 }
 
 static int
-read_place(struct afk_identity *identity, struct afk_surroundings *around)
+read_root(const char *path, uint64_t *ret)
 {
-    struct statx root, cwd;
-    if (statx(AT_FDCWD, "/", 0, ROOT_MASK, &root) < 0)
+    struct statx root;
+    if (statx(AT_FDCWD, path, 0, ROOT_MASK, &root) < 0)
         return -errno;
     const uint64_t parts[] = {root.stx_ino, root.stx_dev_major, root.stx_dev_minor,
                               (root.stx_mask & STATX_MNT_ID_BITS) != 0 ? root.stx_mnt_id : 0};
-    identity->root = hash(4, parts, sizeof parts);
+    *ret = hash(4, parts, sizeof parts);
+    return 0;
+}
+
+static int
+read_place(struct afk_identity *identity, struct afk_surroundings *around)
+{
+    struct statx cwd;
+    int r = read_root("/", &identity->root);
+    if (r < 0)
+        return r;
     /* Where it is not there any more the worker is told of it all the same. */
     if (statx(AT_FDCWD, ".", 0, ROOT_MASK, &cwd) == 0) {
         around->cwd_device = ((uint64_t)cwd.stx_dev_major << 32 | cwd.stx_dev_minor) ^
@@ -309,6 +320,39 @@ afk_identity_read_rest(const struct afk_proc_files *held, struct afk_identity *i
         r = read_hash(cgroup, &identity->cgroup);
     close_of_thread(held->ns, ns);
     close_of_thread(held->cgroup, cgroup);
+    return r;
+}
+
+static int
+open_of(pid_t pid, const char *name, int flags)
+{
+    char path[64];
+    (void)snprintf(path, sizeof path, "/proc/%d/%s", (int)pid, name);
+    int fd = open(path, flags | O_CLOEXEC);
+    return fd < 0 ? -errno : fd;
+}
+
+int
+afk_identity_read_of(pid_t pid, struct afk_identity *ret)
+{
+    struct reading reading = {.umask = -1};
+    char root[64];
+    int status = open_of(pid, "status", O_RDONLY), ns = open_of(pid, "ns", O_PATH | O_DIRECTORY),
+        cgroup = open_of(pid, "cgroup", O_RDONLY);
+    memset(ret, 0, sizeof *ret);
+    (void)snprintf(root, sizeof root, "/proc/%d/root", (int)pid);
+    int r = status < 0 ? status : ns < 0 ? ns : cgroup < 0 ? cgroup : read_status(status, &reading);
+    if (r == 0)
+        r = read_namespaces(ns, &ret->namespaces);
+    if (r == 0)
+        r = read_hash(cgroup, &ret->cgroup);
+    if (r == 0)
+        r = read_root(root, &ret->root);
+    ret->privileges = reading.privileges;
+    ret->session = (uint64_t)getsid(pid);
+    afk_os_close(status);
+    afk_os_close(ns);
+    afk_os_close(cgroup);
     return r;
 }
 

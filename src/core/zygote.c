@@ -30,6 +30,8 @@
 #define ENVIRONMENT_ROOM 8192
 #define BODY_ALWAYS_FITS 1024        /* SOCK_MIN_SNDBUF of the kernel is four times that */
 #define OFFERS_TRIED 64              /* dead ones, in one start */
+#define CLIENTS_MAX 64     /* processes that share a template; more make one of their own */
+#define NESTED_HIGH 1u     /* standbys of each of them */
 #define REFILL_DELAY_NS ((int64_t)1000000) /* behind the user's first line */
 #define REFILL_AFTER_DEATH_NS ((int64_t)100000000)
 #define TIMEOUT_MS_MAX 60000
@@ -314,6 +316,13 @@ afk_template_want(struct afk_template *t, unsigned n)
     message.number = n;
     /* Its queue is full only if it does not read: it has stopped. */
     return send_message(t->control, &message, NULL, 0) < 0 ? -ESTALE : 0;
+}
+
+int
+afk_template_attach(int door, int server_end)
+{
+    const struct afk_zygote_message message = message_of(AFK_ZYGOTE_ATTACH);
+    return send_message(door, &message, &server_end, 1);
 }
 
 int
@@ -815,26 +824,36 @@ afk_template_start(struct afk_template *t, struct afk_template_job *jobs, unsign
 
 /* ---- the server ------------------------------------------------------------------------- */
 
+/* An owner: that of the template; or one of its workers, if it is shared. */
+struct client {
+    pid_t pid;
+    int control;
+    int pidfd; /* a process that it has started may hold its end of the socket */
+    unsigned low, high;
+    unsigned ready;    /* standbys that nobody has taken */
+    unsigned wanted;   /* asked for, and to be made at once */
+    unsigned goal;     /* how many to keep ready */
+    int64_t refill_at; /* 0: nothing to refill */
+    int64_t last_start;
+    bool gone;
+};
+
 struct worker {
     pid_t pid;
     int report_fd; /* its own end: for STATUS */
     bool taken, dismissed;
+    struct client *client; /* NULL: it is gone */
 };
 
 struct server {
     const struct afk_server_options *options;
     afk_fork_standby fork_standby;
     void *arg;
-    int signals, taken[2];
-    int owner; /* its pidfd: a process that it has started may hold its end of the socket */
+    int signals, taken[2], door[2];
     struct worker *worker;
     unsigned n_workers, room;
-    unsigned ready;      /* standbys that nobody has taken */
-    unsigned wanted;     /* asked for, and to be made at once */
-    unsigned goal;       /* how many to keep ready */
-    int64_t refill_at;   /* 0: nothing to refill */
-    int64_t last_start;
-    bool owner_gone;
+    struct client *client[CLIENTS_MAX]; /* the first is the template's own owner */
+    unsigned n_clients;
 };
 
 static struct worker *
@@ -847,11 +866,11 @@ find(struct server *s, pid_t pid)
 }
 
 static void
-refill(struct server *s, int64_t delay_ns)
+refill(struct client *c, int64_t delay_ns)
 {
     int64_t at = afk_os_now_ns() + delay_ns;
-    if (s->refill_at == 0 || at > s->refill_at)
-        s->refill_at = at;
+    if (c->refill_at == 0 || at > c->refill_at)
+        c->refill_at = at;
 }
 
 /* No descriptor of the server is any of a forked child's: they are in the table. */
@@ -872,7 +891,7 @@ make_report_and_lifeline(int report[2], int life[2])
 
 /* The standby's report end is kept, to tell of its end. */
 static int
-offer(struct server *s, pid_t pid, int report[2], int life[2])
+offer(struct client *c, pid_t pid, int report[2], int life[2])
 {
     struct afk_zygote_message message = message_of(AFK_ZYGOTE_OFFER);
     int pidfd = afk_os_pidfd_open(pid);
@@ -883,7 +902,7 @@ offer(struct server *s, pid_t pid, int report[2], int life[2])
                                         [AFK_OFFER_LIFE_WRITE] = life[1],
                                         [AFK_OFFER_PIDFD] = pidfd};
         message.pid = pid;
-        r = send_message(s->options->control, &message, fds, AFK_OFFER_FDS);
+        r = send_message(c->control, &message, fds, AFK_OFFER_FDS);
         if (r < 0)
             afk_lifeline_forget(report[1]);
     }
@@ -892,7 +911,7 @@ offer(struct server *s, pid_t pid, int report[2], int life[2])
 }
 
 static int
-make_standby(struct server *s)
+make_standby(struct server *s, struct client *c)
 {
     int report[2] = {-1, -1}, life[2] = {-1, -1}, on = 1;
     if (s->n_workers == s->room) {
@@ -907,16 +926,17 @@ make_standby(struct server *s)
     if (r == 0 && setsockopt(report[1], SOL_SOCKET, SO_PASSCRED, &on, sizeof on) < 0)
         r = -errno;
     if (r == 0) {
-        const struct afk_standby standby = {report[1], life[0], s->taken[1]};
+        const struct afk_standby standby = {report[1], life[0], s->taken[1], s->door[1], c->pid};
         pid_t pid = s->fork_standby(s->arg, &standby);
         r = pid < 0 ? (int)pid : 0;
         if (pid > 0) {
-            s->worker[s->n_workers++] = (struct worker){.pid = pid, .report_fd = -1};
-            r = offer(s, pid, report, life);
+            s->worker[s->n_workers++] =
+                (struct worker){.pid = pid, .report_fd = -1, .client = c};
+            r = offer(c, pid, report, life);
             if (r == 0) {
                 s->worker[s->n_workers - 1].report_fd = report[1];
                 report[1] = -1;
-                s->ready++;
+                c->ready++;
             }
             else {
                 (void)kill(pid, SIGKILL); /* ours, and not reaped: its number is its own */
@@ -931,26 +951,55 @@ make_standby(struct server *s)
 }
 
 static void
-take_messages(struct server *s)
+take_messages(struct client *c)
 {
     for (;;) {
         struct afk_zygote_message message;
         int fds[1];
         unsigned n_fds;
-        ssize_t n = receive_with_fds(s->options->control, &message, sizeof message, fds, 1, &n_fds,
-                                     NULL, MSG_DONTWAIT);
+        ssize_t n = receive_with_fds(c->control, &message, sizeof message, fds, 1, &n_fds, NULL,
+                                     MSG_DONTWAIT);
         if (n == -EAGAIN)
             return;
         close_all(fds, n_fds);
         if (n <= 0 || !is_ours(&message, n)) {
-            s->owner_gone = true;
+            c->gone = true;
             return;
         }
         if (message.op == AFK_ZYGOTE_WANT) {
-            s->wanted += message.number;
-            s->last_start = afk_os_now_ns();
+            c->wanted += message.number;
+            c->last_start = afk_os_now_ns();
         }
     }
+}
+
+/* Serves `pid` from now on; its control socket is ours. 0 or a negative errno. */
+static int
+add_client(struct server *s, pid_t pid, int control, unsigned low, unsigned high)
+{
+    struct afk_zygote_message hello = message_of(AFK_ZYGOTE_HELLO);
+    if (s->n_clients == CLIENTS_MAX)
+        return -EUSERS;
+    struct client *c = AFK_ALLOC("calloc(client)", calloc(1, sizeof *c));
+    if (c == NULL)
+        return -ENOMEM;
+    *c = (struct client){.pid = pid, .control = control, .low = low, .high = high, .goal = high};
+    c->last_start = afk_os_now_ns();
+    int r = c->pidfd = afk_os_pidfd_open(pid);
+    if (r >= 0)
+        r = afk_lifeline_register(c->pidfd, false);
+    take_ids(hello.ids);
+    hello.around = *s->options->around;
+    if (r == 0)
+        r = send_message(control, &hello, NULL, 0);
+    if (r < 0) {
+        afk_lifeline_close(&c->pidfd);
+        free(c);
+        return r;
+    }
+    refill(c, 0);
+    s->client[s->n_clients++] = c;
+    return 0;
 }
 
 static void
@@ -964,12 +1013,47 @@ note_taken(struct server *s)
             if (worker == NULL || worker->taken)
                 continue;
             worker->taken = true;
+            struct client *c = worker->client;
+            if (c == NULL)
+                continue;
             if (!worker->dismissed)
-                s->ready--;
-            s->last_start = afk_os_now_ns();
-            s->goal = s->options->high;
-            refill(s, REFILL_DELAY_NS);
+                c->ready--;
+            c->last_start = afk_os_now_ns();
+            c->goal = c->high;
+            refill(c, REFILL_DELAY_NS);
         }
+    }
+}
+
+/* What the kernel says of it, not what it says itself: it may be anything by now. */
+static bool
+may_be_served(struct server *s, pid_t pid)
+{
+    struct afk_identity its, ours;
+    const struct worker *worker = find(s, pid);
+    return worker != NULL && worker->taken && afk_identity_read_of(pid, &its) == 0 &&
+           afk_identity_read_of(getpid(), &ours) == 0 &&
+           afk_identity_difference(&its, &ours) == NULL;
+}
+
+static void
+open_the_door(struct server *s)
+{
+    note_taken(s); /* before it asks a worker has told that it was */
+    for (int tries = 0; tries < CLIENTS_MAX; tries++) {
+        struct afk_zygote_message message;
+        struct ucred from = {.pid = -1};
+        int control = -1;
+        unsigned n_fds;
+        ssize_t n = receive_with_fds(s->door[0], &message, sizeof message, &control, 1, &n_fds,
+                                     &from, MSG_DONTWAIT);
+        if (n == -EAGAIN)
+            return;
+        bool ok = n > 0 && is_ours(&message, n) && message.op == AFK_ZYGOTE_ATTACH && n_fds == 1 &&
+                  may_be_served(s, from.pid) && afk_lifeline_register(control, false) == 0 &&
+                  add_client(s, from.pid, control, 0, NESTED_HIGH) == 0;
+        if (!ok && n_fds == 1)
+            afk_lifeline_close(&control); /* by which it is told */
     }
 }
 
@@ -997,9 +1081,9 @@ reap_all(struct server *s)
             continue; /* of a module that was preloaded */
         if (worker->report_fd >= 0) {
             tell_status(worker, status);
-            if (!worker->taken && !worker->dismissed) {
-                s->ready--;
-                refill(s, REFILL_AFTER_DEATH_NS);
+            if (worker->client != NULL && !worker->taken && !worker->dismissed) {
+                worker->client->ready--;
+                refill(worker->client, REFILL_AFTER_DEATH_NS);
             }
             afk_lifeline_close(&worker->report_fd);
         }
@@ -1008,69 +1092,79 @@ reap_all(struct server *s)
 }
 
 static void
-make_due(struct server *s)
+make_due(struct server *s, struct client *c)
 {
     int64_t now = afk_os_now_ns();
-    while (s->wanted > 0) {
-        s->wanted--;
-        int r = make_standby(s);
+    while (c->wanted > 0) {
+        c->wanted--;
+        int r = make_standby(s, c);
         if (r < 0) {
             struct afk_zygote_message message = message_of(AFK_ZYGOTE_FAILED);
             message.number = (uint32_t)-r;
-            (void)send_message(s->options->control, &message, NULL, 0);
+            (void)send_message(c->control, &message, NULL, 0);
         }
-        refill(s, REFILL_DELAY_NS);
+        refill(c, REFILL_DELAY_NS);
     }
-    if (s->refill_at == 0 || now < s->refill_at)
+    if (c->refill_at == 0 || now < c->refill_at)
         return;
-    if (s->ready >= s->goal) {
-        s->refill_at = 0;
+    if (c->ready >= c->goal) {
+        c->refill_at = 0;
         return;
     }
     /* One at a time: what the owner asks for in between goes first. */
-    if (make_standby(s) < 0)
-        s->refill_at = now + REFILL_AFTER_DEATH_NS;
+    if (make_standby(s, c) < 0)
+        c->refill_at = now + REFILL_AFTER_DEATH_NS;
 }
 
 /* They read the end of the file, and end. What their owner has sent already they read before
  * that, and are started; what the owner sends from now on is refused by the socket. */
 static void
-dismiss_all_but(struct server *s, unsigned kept)
+dismiss_all_but(struct server *s, struct client *c, unsigned kept)
 {
-    for (unsigned i = 0; i < s->n_workers && s->ready > kept; i++) {
+    for (unsigned i = 0; i < s->n_workers && c->ready > kept; i++) {
         struct worker *worker = &s->worker[i];
-        if (worker->taken || worker->dismissed || worker->report_fd < 0)
+        if (worker->client != c || worker->taken || worker->dismissed || worker->report_fd < 0)
             continue;
         (void)shutdown(worker->report_fd, SHUT_RD);
         worker->dismissed = true;
-        s->ready--;
+        c->ready--;
     }
 }
 
 /* Those that nobody has wanted for long are ended; the owner passes over them. */
 static void
-shrink_idle(struct server *s)
+shrink_idle(struct server *s, struct client *c)
 {
-    if (s->ready <= s->options->low || s->options->idle_ns <= 0 ||
-        afk_os_now_ns() - s->last_start < s->options->idle_ns)
+    if (c->ready <= c->low || s->options->idle_ns <= 0 ||
+        afk_os_now_ns() - c->last_start < s->options->idle_ns)
         return;
-    s->goal = s->options->low;
-    dismiss_all_but(s, s->goal);
+    c->goal = c->low;
+    dismiss_all_but(s, c, c->goal);
 }
 
 static int
 next_timeout_ms(const struct server *s)
 {
     int64_t now = afk_os_now_ns(), until = now + (int64_t)TIMEOUT_MS_MAX * 1000000;
-    if (s->owner_gone)
-        return TIMEOUT_MS_MAX;
-    if (s->refill_at != 0 && s->refill_at < until)
-        until = s->refill_at;
-    if (s->options->idle_ns > 0 && s->ready > s->options->low &&
-        s->last_start + s->options->idle_ns < until)
-        until = s->last_start + s->options->idle_ns;
+    for (unsigned i = 0; i < s->n_clients; i++) {
+        const struct client *c = s->client[i];
+        if (c->refill_at != 0 && c->refill_at < until)
+            until = c->refill_at;
+        if (s->options->idle_ns > 0 && c->ready > c->low &&
+            c->last_start + s->options->idle_ns < until)
+            until = c->last_start + s->options->idle_ns;
+    }
     int64_t ms = (until - now + 999999) / 1000000;
     return ms < 0 ? 0 : (int)ms;
+}
+
+static int
+open_door(struct server *s)
+{
+    int on = 1, r = afk_os_socketpair(s->door, SOCK_SEQPACKET);
+    if (r == 0 && setsockopt(s->door[0], SOL_SOCKET, SO_PASSCRED, &on, sizeof on) < 0)
+        r = -errno;
+    return r == 0 ? afk_lifeline_register(s->door[0], false) : r;
 }
 
 static int
@@ -1087,10 +1181,8 @@ open_server(struct server *s)
         r = afk_os_pipe(s->taken, O_CLOEXEC | O_NONBLOCK);
     if (r == 0)
         r = afk_lifeline_register(s->taken[0], false);
-    if (r == 0)
-        r = s->owner = afk_os_pidfd_open(s->options->owner);
-    if (r >= 0)
-        r = afk_lifeline_register(s->owner, false);
+    if (r == 0 && s->options->shared)
+        r = open_door(s);
     return r;
 }
 
@@ -1105,6 +1197,50 @@ let_go_of_streams(void)
         afk_os_close(null);
 }
 
+/* Nobody can start its standbys any more. */
+static void
+drop_client(struct server *s, unsigned which)
+{
+    struct client *c = s->client[which];
+    dismiss_all_but(s, c, 0);
+    for (unsigned i = 0; i < s->n_workers; i++)
+        if (s->worker[i].client == c)
+            s->worker[i].client = NULL;
+    if (c->pid == s->options->owner) {
+        let_go_of_streams();
+        afk_lifeline_close(&s->door[0]);
+    }
+    afk_lifeline_close(&c->control);
+    afk_lifeline_close(&c->pidfd);
+    free(c);
+    s->client[which] = s->client[--s->n_clients];
+}
+
+static int
+await_events(struct server *s, int (*wait)(void *fds, unsigned n, int timeout_ms))
+{
+    struct pollfd fds[3 + 2 * CLIENTS_MAX] = {{.fd = s->taken[0], .events = POLLIN},
+                                              {.fd = s->signals, .events = POLLIN},
+                                              {.fd = s->door[0], .events = POLLIN}};
+    unsigned n_fds = 3, n_clients = s->n_clients;
+    for (unsigned i = 0; i < n_clients; i++) {
+        fds[n_fds++] = (struct pollfd){.fd = s->client[i]->control, .events = POLLIN};
+        fds[n_fds++] = (struct pollfd){.fd = s->client[i]->pidfd, .events = POLLIN};
+    }
+    int n = wait(fds, n_fds, next_timeout_ms(s));
+    if (n <= 0)
+        return n == -EINTR ? 0 : n;
+    for (unsigned i = 0; i < n_clients; i++) {
+        if (fds[3 + 2 * i].revents != 0)
+            take_messages(s->client[i]);
+        if (fds[4 + 2 * i].revents != 0)
+            s->client[i]->gone = true;
+    }
+    if (fds[2].revents != 0)
+        open_the_door(s);
+    return 0;
+}
+
 int
 afk_server_run(const struct afk_server_options *options, afk_fork_standby fork_standby,
                int (*wait)(void *fds, unsigned n, int timeout_ms), void *arg)
@@ -1114,45 +1250,25 @@ afk_server_run(const struct afk_server_options *options, afk_fork_standby fork_s
                             .arg = arg,
                             .signals = -1,
                             .taken = {-1, -1},
-                            .owner = -1,
-                            .goal = options->high},
+                            .door = {-1, -1}},
                   *s = &server;
-    struct afk_zygote_message hello = message_of(AFK_ZYGOTE_HELLO);
     int r = open_server(s);
-    if (r < 0)
-        return r;
-    take_ids(hello.ids);
-    hello.around = *options->around;
-    r = send_message(options->control, &hello, NULL, 0);
-    if (r < 0)
-        return r;
-    s->last_start = afk_os_now_ns();
-    refill(s, 0);
-    while (!s->owner_gone || s->n_workers > 0) {
-        struct pollfd fds[] = {{.fd = s->owner_gone ? -1 : options->control, .events = POLLIN},
-                               {.fd = s->taken[0], .events = POLLIN},
-                               {.fd = s->signals, .events = POLLIN},
-                               {.fd = s->owner_gone ? -1 : s->owner, .events = POLLIN}};
-        int n = wait(fds, 4, next_timeout_ms(s));
-        if (n < 0 && n != -EINTR)
-            return n;
-        if (n > 0 && fds[0].revents != 0)
-            take_messages(s);
+    if (r == 0)
+        r = add_client(s, options->owner, options->control, options->low, options->high);
+    while (r == 0 && (s->n_clients > 0 || s->n_workers > 0)) {
+        r = await_events(s, wait);
         note_taken(s);
-        if (n > 0 && fds[3].revents != 0)
-            s->owner_gone = true;
-        if (s->owner_gone) {
-            dismiss_all_but(s, 0); /* nobody can start them any more */
-            let_go_of_streams();
-        }
+        for (unsigned i = s->n_clients; i-- > 0;)
+            if (s->client[i]->gone)
+                drop_client(s, i);
         reap_all(s);
-        if (!s->owner_gone) {
-            make_due(s);
-            shrink_idle(s);
+        for (unsigned i = 0; i < s->n_clients; i++) {
+            make_due(s, s->client[i]);
+            shrink_idle(s, s->client[i]);
         }
     }
     free(s->worker);
-    return 0;
+    return r;
 }
 
 /* ---- the standby --------------------------------------------------------------------------- */

@@ -11,6 +11,10 @@
  *     template -> owner   FAILED  a fork that was asked for was refused: errno
  *     owner -> template   WANT    n standbys, at once
  *
+ * The door (SOCK_SEQPACKET) of a template that is shared, which all its workers have:
+ *
+ *     worker -> template  ATTACH  with the end of a control socket: the worker is an owner too
+ *
  * Report socket (SOCK_STREAM), owner and standby: one START down, with the descriptors that
  * the worker needs, and a byte that it reads once it has armed its lifeline, for which a
  * detach waits (afk_child_new() has the same for a fork); then the records of report.c come up, and from the template, last of
@@ -26,7 +30,13 @@
 #define AFK_ZYGOTE_BODY_IN_MESSAGE 65536 /* a larger one goes through a memfd(2) */
 #define AFK_ZYGOTE_FDS_MAX 253           /* SCM_MAX_FD of the kernel */
 
-enum afk_zygote_op { AFK_ZYGOTE_HELLO = 1, AFK_ZYGOTE_OFFER, AFK_ZYGOTE_FAILED, AFK_ZYGOTE_WANT };
+enum afk_zygote_op {
+    AFK_ZYGOTE_HELLO = 1,
+    AFK_ZYGOTE_OFFER,
+    AFK_ZYGOTE_FAILED,
+    AFK_ZYGOTE_WANT,
+    AFK_ZYGOTE_ATTACH
+};
 
 struct afk_zygote_message {
     uint32_t magic;

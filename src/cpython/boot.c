@@ -348,9 +348,37 @@ arm_as_asked(struct afk_plan *plan, const struct afk_start *start)
     plan->guard_fd = -1;
 }
 
+static int door = -1;
+static unsigned door_generation; /* a forked child has it no more */
+
+int
+afk_boot_door(void)
+{
+    return door_generation == afk_generation() ? door : -1;
+}
+
+/* A worker that may do less than its template must not ask it for workers; the template does
+ * not take its word for it either. */
+static void
+keep_door(struct afk_plan *plan, int *fd)
+{
+    const struct afk_setup *setup = plan->setup;
+    if (setup->user >= 0 || setup->group >= 0 || setup->n_groups >= 0 || setup->cgroup_procs >= 0 ||
+        setup->session == ANYFORK_SESSION_NEW) {
+        afk_os_close(*fd);
+        *fd = -1;
+    }
+    if (*fd >= 0) {
+        raise_own(plan, fd);
+        (void)afk_lifeline_register(*fd, false); /* not for forked children of its own */
+    }
+    door = *fd;
+    door_generation = afk_generation();
+}
+
 /* All that this start asked for. As afk_child_repair() and settle(), in their order. */
 static void
-begin_start(PyObject *boot, struct afk_plan *plan, struct afk_start *start,
+begin_start(PyObject *boot, struct afk_plan *plan, struct afk_start *start, int *keep,
             struct afk_reporter *reporter)
 {
     struct afk_setup *setup = &start->setup;
@@ -361,6 +389,7 @@ begin_start(PyObject *boot, struct afk_plan *plan, struct afk_start *start,
         setup->fd_policy = ANYFORK_FDS_INHERIT; /* they have been, since it was forked */
     raise_own(plan, &plan->status_fd);
     raise_own(plan, &plan->life_fd);
+    keep_door(plan, &keep[1]);
     if (afk_reporter_init(reporter, plan->status_fd) < 0)
         _exit(AFK_EXIT_PRELUDE);
     own_descriptors(plan);
@@ -398,7 +427,7 @@ rehearse(PyObject *boot, struct afk_forking *f, const struct afk_reporter *repor
 
 _Noreturn void
 afk_boot_run_standby(PyObject *boot, struct afk_forking *f, const struct afk_standby *standby,
-                     pid_t owner)
+                     int *keep)
 {
     struct afk_reporter reporter;
     struct afk_start start;
@@ -412,7 +441,7 @@ afk_boot_run_standby(PyObject *boot, struct afk_forking *f, const struct afk_sta
     afk_child_set_name("anyfork standby");
     rehearse(boot, f, &reporter);
     Py_BEGIN_ALLOW_THREADS /* a fork hook may have started threads */
-    r = afk_start_receive(standby->report_fd, owner, &start);
+    r = afk_start_receive(standby->report_fd, standby->owner, &start);
     Py_END_ALLOW_THREADS
     if (r == 0)
         _exit(0);
@@ -426,7 +455,7 @@ afk_boot_run_standby(PyObject *boot, struct afk_forking *f, const struct afk_sta
     /* The template makes another one, but not at once. */
     (void)!write(standby->taken_fd, &me, sizeof me);
     (void)close(standby->taken_fd);
-    begin_start(boot, &f->plan, &start, &reporter);
+    begin_start(boot, &f->plan, &start, keep, &reporter);
     if (!afk_start_is_confirmed(f->plan.status_fd))
         _exit(0);
     job.pickle = start.pickle;

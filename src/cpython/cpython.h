@@ -216,10 +216,13 @@ int afk_boot_run_target(PyObject *boot, const struct afk_job *job,
 /* The main program of an executed worker: never returns. `fd`: its end of the report
  * socket. */
 _Noreturn void afk_boot_run_executed(int fd, const char *pickle, size_t size);
-/* A standby, which was just forked, up to its end. Only `owner` can start it. */
+/* A standby, which was just forked, up to its end. `keep`: that of f's plan, whose first two
+ * are the standby's taken_fd and door_fd. */
 struct afk_standby;
 _Noreturn void afk_boot_run_standby(PyObject *boot, struct afk_forking *f,
-                                    const struct afk_standby *standby, pid_t owner);
+                                    const struct afk_standby *standby, int *keep);
+/* In a worker of a template that is shared: its door_fd. Else -1. */
+int afk_boot_door(void);
 /* The end of Python in the current interpreter: threads, atexit, buffers. */
 void afk_boot_finish(PyObject *boot);
 /* Where package `anyfork` lies, for interpreters that do not have it on their

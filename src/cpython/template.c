@@ -14,8 +14,7 @@
 struct serving {
     PyObject *boot;
     struct afk_setup setup; /* of a standby: nothing but the defaults */
-    pid_t owner;
-    int *keep; /* the standby's beside its own: room for one, then what streams write to */
+    int *keep; /* the standby's beside its own: room for two, then what streams write to */
     unsigned n_keep;
     struct rlimit files; /* of the owner's, and so of workers; the server has one for each worker */
 };
@@ -43,12 +42,13 @@ fork_standby(void *arg, const struct afk_standby *standby)
     f.plan.life_fd = standby->life_fd;
     f.plan.owner_holds_us = true; /* its parent does, and tells the owner */
     serving->keep[0] = standby->taken_fd;
+    serving->keep[1] = standby->door_fd;
     f.plan.keep = serving->keep;
     f.plan.n_keep = serving->n_keep;
     pid_t pid = afk_fork_from(&f, &error);
     if (pid == 0) {
         (void)setrlimit(RLIMIT_NOFILE, &serving->files);
-        afk_boot_run_standby(serving->boot, &f, standby, serving->owner);
+        afk_boot_run_standby(serving->boot, &f, standby, serving->keep);
     }
     return pid > 0 ? pid : error.sys_errno > 0 ? -error.sys_errno : -EAGAIN;
 }
@@ -62,10 +62,10 @@ keep_streams(struct serving *serving, struct anyfork_error *reterr)
         return afk_fail_python(reterr, ANYFORK_STAGE_TEMPLATE, __LINE__, "descriptors in use");
     }
     size_t size = (size_t)PyBytes_GET_SIZE(bytes);
-    serving->keep = AFK_ALLOC("malloc(keep)", malloc(sizeof(int) + size));
+    serving->keep = AFK_ALLOC("malloc(keep)", malloc(2 * sizeof(int) + size));
     if (serving->keep != NULL)
-        memcpy(serving->keep + 1, PyBytes_AS_STRING(bytes), size);
-    serving->n_keep = 1 + (unsigned)(size / sizeof(int));
+        memcpy(serving->keep + 2, PyBytes_AS_STRING(bytes), size);
+    serving->n_keep = 2 + (unsigned)(size / sizeof(int));
     Py_DECREF(bytes);
     return serving->keep != NULL
                ? 0
@@ -96,7 +96,7 @@ serve(const struct afk_server_options *options, struct serving *serving, struct 
 int
 afk_template_serve(const struct afk_server_options *options, struct anyfork_error *reterr)
 {
-    struct serving serving = {.owner = options->owner};
+    struct serving serving = {.keep = NULL};
     struct afk_surroundings around;
     PyThreadState *from, *fresh;
     int r = afk_check_caller(reterr);

@@ -200,16 +200,19 @@ ext_begin_template(PyObject *Py_UNUSED(module), PyObject *args)
     Py_RETURN_NONE;
 }
 
-/* serve(control fd, owner's pid, low, high, idle seconds): the main program of a template. */
+/* serve(control fd, owner's pid, low, high, idle seconds, shared): the main program of a
+ * template. */
 static PyObject *
 ext_serve(PyObject *Py_UNUSED(module), PyObject *args)
 {
     struct afk_server_options options;
     struct anyfork_error error;
     double idle;
-    if (!PyArg_ParseTuple(args, "iiIId", &options.control, &options.owner, &options.low, &options.high,
-                          &idle))
+    int shared;
+    if (!PyArg_ParseTuple(args, "iiIIdp", &options.control, &options.owner, &options.low,
+                          &options.high, &idle, &shared))
         return NULL;
+    options.shared = shared != 0;
     options.idle_ns = (int64_t)(idle * 1e9);
     if (afk_template_serve(&options, &error) < 0)
         return ext_raise(&error, "zygote");

@@ -71,6 +71,15 @@ template_drop_server_end(PyObject *op, PyObject *Py_UNUSED(args))
     Py_RETURN_NONE;
 }
 
+/* attach(): asks the template that has made this process. False: it is not shared, or full. */
+static PyObject *
+template_attach(PyObject *op, PyObject *Py_UNUSED(args))
+{
+    struct template_object *self = (struct template_object *)op;
+    int door = afk_boot_door();
+    return PyBool_FromLong(door >= 0 && afk_template_attach(door, self->server_end) == 0);
+}
+
 static PyObject *
 template_hello(PyObject *op, PyObject *Py_UNUSED(args))
 {
@@ -199,6 +208,7 @@ static PyMethodDef template_methods[] = {
     {"fileno", template_fileno, METH_NOARGS, NULL},
     {"server_end", template_server_end, METH_NOARGS, NULL},
     {"drop_server_end", template_drop_server_end, METH_NOARGS, NULL},
+    {"attach", template_attach, METH_NOARGS, NULL},
     {"hello", template_hello, METH_NOARGS, NULL},
     {"capabilities", template_capabilities, METH_NOARGS, NULL},
     {"calls", template_calls, METH_NOARGS, NULL},

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import threading
 import time
 from typing import Any
 
 from attack_common import LIMIT, is_gone, places, raises, same, until
-from attack_template import children_of, give, imported, module, pid_of, set_value
+from attack_template import (
+    ROOT,
+    children_of,
+    drop_a_capability,
+    give,
+    imported,
+    module,
+    no_new_privs,
+    pid_of,
+    set_value,
+    status_lines,
+)
 
 import anyfork
 
@@ -256,6 +268,138 @@ def check_a_snapshot_looks_first(place: str) -> None:
 def check_no_snapshot_of_a_sub_interpreter(place: str) -> None:
     exc = raises(anyfork.MethodUnavailable, anyfork.snapshot)
     assert "main interpreter" in str(exc), exc
+
+
+# ---- the default template, of workers too ------------------------------------------------------
+
+
+def parents(depth: int) -> list[int]:
+    """Of this worker, and of the workers that it starts."""
+    return [os.getppid(), *(anyfork.run(parents, depth - 1) if depth else ())]
+
+
+@places("main", "isolated")
+def check_workers_share_the_default_template(place: str) -> None:
+    mine = pid_of(anyfork.warm())
+    same(anyfork.run(parents, 3), [mine] * 4)
+    children = anyfork.spawn_many(parents, [(1,)] * 5)
+    same([child.result(LIMIT) for child in children], [[mine] * 2] * 5)
+    for child in children:
+        child.close()
+    with anyfork.Template() as template:  # others are their owner's alone
+        same(len(set(template.run(parents, 1))), 2)
+
+
+def parents_with_less(how: str) -> tuple[list[int], int]:
+    """Of this worker, and of one that it starts after it has given something up."""
+    if how == "capability":
+        drop_a_capability()
+    elif how == "new_privs":
+        no_new_privs()
+    elif how == "session":
+        os.setsid()
+    with anyfork.spawn(more_than, status_lines()) as child:
+        return [os.getppid(), child.result(LIMIT)[0]], child.result(LIMIT)[1]
+
+
+def more_than(owner: dict[str, str]) -> tuple[int, int]:
+    """Its parent; and in how much it may do what its owner may not."""
+    mine = status_lines()
+    more = [int(mine[key], 16) & ~int(owner[key], 16) != 0 for key in ("CapBnd", "CapEff")]
+    return os.getppid(), sum(more) + (mine["NoNewPrivs"] < owner["NoNewPrivs"])
+
+
+@places("main")
+def check_a_worker_with_less_is_not_served(place: str) -> None:
+    """The template asks the kernel what the worker is by now."""
+    mine = pid_of(anyfork.warm())
+    for how in ("nothing", "session", "new_privs", *(["capability"] if ROOT else [])):
+        (own, of_its_worker), more = anyfork.run(parents_with_less, how)
+        same((how, own, more), (how, mine, 0))
+        same((how, of_its_worker == mine), (how, how == "nothing"))
+    with anyfork.spawn(parents, 1, start_new_session=True) as child:
+        same(child.result(LIMIT)[0], mine)
+        assert child.result(LIMIT)[1] != mine
+
+
+def door() -> list[int]:
+    """The sockets of this worker but for the one that it reports to."""
+    names = [int(name) for name in os.listdir("/proc/self/fd")]
+    found = []
+    for fd in names:
+        try:
+            with socket.socket(fileno=os.dup(fd)) as one:
+                if one.type == socket.SOCK_SEQPACKET:
+                    found.append(fd)
+        except OSError:
+            continue
+    return found
+
+
+def knock(data: bytes, n: int) -> bool:
+    """Send the template nonsense, from a worker and from a child of it that is no worker;
+    whether it can start workers afterwards."""
+    (fd,) = door()
+    ours, theirs = socket.socketpair()
+    with ours, theirs, socket.socket(fileno=os.dup(fd)) as there:
+        for _ in range(n):
+            try:
+                socket.send_fds(there, [data], [theirs.fileno()], socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                time.sleep(0.01)
+    return bool(anyfork.run(give, True))
+
+
+@places("main")
+def check_nonsense_at_the_door(place: str) -> None:
+    template = anyfork.warm()
+    pid = pid_of(template)
+    for data in (b"", b"x", b"AFKZ\1\0\5\0", os.urandom(472), os.urandom(100_000)):
+        same(anyfork.run(knock, data, 300), True)
+    same(anyfork.run(give, 1), 1)
+    same((pid_of(template), template.stats().made), (pid, 1))
+    with open(f"/proc/{pid}/limits") as f:
+        assert "Max open files" in f.read()
+    same(len([name for name in os.listdir(f"/proc/{pid}/fd")]) < 60, True)
+
+
+def start_and_die(pipe: int) -> None:
+    worker = anyfork.spawn(time.sleep, 1000)
+    worker.wait_ready(LIMIT)
+    os.write(pipe, str(worker.pid).encode())
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@places("main", "isolated")
+def check_workers_of_a_worker_that_dies(place: str) -> None:
+    mine = pid_of(anyfork.warm())
+    for _ in range(3):
+        r, w = os.pipe()
+        with anyfork.spawn(start_and_die, w, pass_fds=[w]) as child:
+            os.close(w)
+            grandchild = int(os.read(r, 20))
+            os.close(r)
+            same(child.wait(LIMIT), -signal.SIGKILL)
+            until(lambda pid=grandchild: is_gone(pid), "the end of its worker")
+    same(pid_of(anyfork.warm()), mine)
+    same(anyfork.run(parents, 1), [mine] * 2)
+
+
+def fork_and_start() -> list[int]:
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os._exit(anyfork.run(parent) == os.getppid())
+        except BaseException as exc:
+            print(repr(exc), file=sys.stderr)
+        os._exit(7)
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), os.getppid(), anyfork.run(parent)]
+
+
+@places("main")
+def check_a_forked_child_of_a_worker_has_its_own(place: str) -> None:
+    mine = pid_of(anyfork.warm())
+    same(anyfork.run(fork_and_start), [0, mine, mine])
 
 
 # ---- what it says of itself -------------------------------------------------------------------
