@@ -430,6 +430,8 @@ class _Unpickler(pickle.Unpickler):
 
 def loads(data: bytes) -> Any:
     """pickle.loads(), of what comes from a worker or goes to one."""
+    if b"_main__" not in data:
+        return pickle.loads(data)
     return _Unpickler(io.BytesIO(data)).load()
 
 
@@ -495,13 +497,36 @@ def _nothing() -> None:
     pass
 
 
+# What a template has loaded, in its workers; else nothing.
+loaded: frozenset[str] = frozenset()
+_LATE = b"\0late"  # no pickle ends so: they end with a dot
+_LATE_MOST = 1 << 20  # bytes of a payload that may be copied for that
+
+
+def _with_late(payload: bytes) -> bytes:
+    """The payload, and behind it which modules this worker had to import itself."""
+    if not loaded or len(sys.modules) == len(loaded) or len(payload) > _LATE_MOST:
+        return payload
+    names = ",".join(sorted(sys.modules.keys() - loaded)).encode(errors="replace")
+    return b"".join((payload, names, len(names).to_bytes(4, "little"), _LATE))
+
+
+def late_imports(payload: bytes) -> list[str]:
+    """The owner's side of it."""
+    if not payload.endswith(_LATE):
+        return []
+    end = len(payload) - len(_LATE) - 4
+    size = int.from_bytes(payload[end : end + 4], "little")
+    return payload[max(0, end - size) : end].decode(errors="replace").split(",")
+
+
 def run(call: tuple[Callable[..., object], tuple[object, ...]]) -> tuple[int, int, bytes]:
     """Call the target: (report kind or 0, exit code, payload)."""
     fn, args = call
     try:
         result = fn(*args)
         try:
-            return RESULT, 0, dumps(result)
+            return RESULT, 0, _with_late(dumps(result))
         except Exception as exc:
             kind = type(result)
             if isinstance(result, Coroutine):
@@ -515,7 +540,7 @@ def run(call: tuple[Callable[..., object], tuple[object, ...]]) -> tuple[int, in
     except SystemExit as exc:
         return 0, _exit_code(exc), b""
     except BaseException as exc:
-        return RAISED, 1, describe(exc)
+        return RAISED, 1, _with_late(describe(exc))
 
 
 def _exit_code(exc: SystemExit) -> int:

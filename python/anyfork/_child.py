@@ -137,6 +137,9 @@ class Child(_anyfork.Child):
                 raise WorkerDied(self.pid, self._status)
             return None
         kind, payload = self._outcome()
+        late = self.__dict__.pop("_late", None)
+        if late is not None:
+            late.update(_boot.late_imports(payload))
         exc = self._failure(kind, payload)
         if exc is not None:
             raise exc

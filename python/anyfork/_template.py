@@ -75,6 +75,8 @@ class Stats(NamedTuple):
     children now. call: seconds that the last starts, 256 at most, took their callers:
     (median, 99th percentile); None: there was none. pss: kB of memory, of the process with its
     standbys and workers, what they share counted once (proc_pid_smaps(5)); None: not readable.
+    late: modules that workers, whose result was asked for, had to import themselves: candidates
+    for ``preload``.
     """
 
     starts: int
@@ -85,6 +87,7 @@ class Stats(NamedTuple):
     workers: int
     call: tuple[float, float] | None
     pss: int | None
+    late: tuple[str, ...]
 
 
 class _Spec(NamedTuple):
@@ -151,6 +154,7 @@ class Template:
         self._made: _Made | None = None
         self._times_made = 0
         self._before = (0, 0)
+        self._late: set[str] = set()
         self._closed = False
         self._maker: int | None = None
         _templates.add(self)
@@ -332,6 +336,7 @@ class Template:
             made = self._now()
             child = _anyfork.spawn(cls, METHOD, _whole(made, *call), (), options, -1, made.link)
             if not isinstance(child, str):
+                child.__dict__["_late"] = self._late
                 return child
             why = child
             self._discard(made)
@@ -354,6 +359,8 @@ class Template:
             started, why = _anyfork.spawn_many(Child, pickles, options, made.link)
             for i, child in zip(left, started, strict=True):
                 children[i] = child
+                if child is not None:
+                    child.__dict__["_late"] = self._late
             if why is None:
                 return [child for child in children if child is not None]
             self._discard(made)
@@ -411,8 +418,9 @@ class Template:
         """
         made = self._made
         starts, missed = self._before
+        late = tuple(sorted(self._late))
         if made is None or made.owner != os.getpid():
-            return Stats(starts, missed, self._times_made, None, 0, 0, None, None)
+            return Stats(starts, missed, self._times_made, None, 0, 0, None, None, late)
         more, more_missed = made.link.counts()
         alive = made.process.pid is not None and made.process.is_alive()
         pid = made.process.pid if alive else None
@@ -426,6 +434,7 @@ class Template:
             workers,
             _percentiles(made.link.calls()),
             pss,
+            late,
         )
 
     def reload(self) -> Self:

@@ -67,6 +67,7 @@ def serve(
     if loads:
         judge(_audit.findings(ours), audit)
     _boot.rehearse()
+    _boot.loaded = frozenset(sys.modules)
     _anyfork.set_title(": ".join(filter(None, ("anyfork template", ", ".join(names)))))
     gc.collect()
     gc.freeze()

@@ -405,10 +405,16 @@ def check_a_forked_child_of_a_worker_has_its_own(place: str) -> None:
 # ---- what it says of itself -------------------------------------------------------------------
 
 
+def import_there(name: str) -> int:
+    __import__(name)
+    value: int = sys.modules[name].VALUE  # type: ignore[attr-defined]
+    return value
+
+
 @places("main", "isolated")
 def check_stats(place: str) -> None:
     template = anyfork.Template(standby=(1, 3))
-    same(template.stats(), (0, 0, 0, None, 0, 0, None, None))
+    same(template.stats(), (0, 0, 0, None, 0, 0, None, None, ()))
     with template.warm():
         until(lambda: template.stats().standbys == 3, "standbys")
         with template.spawn(time.sleep, LIMIT) as child:
@@ -422,4 +428,10 @@ def check_stats(place: str) -> None:
             assert 1000 < stats.pss < 1_000_000, stats
         same(template.run(give, 1), 1)
         same(template.stats().starts, 2)
-    same((template.stats().starts, template.stats().pid), (2, None))
+        assert "attack_template" in template.stats().late, template.stats()
+        with module("raise KeyError(1)\n") as failing, module("VALUE = 1\n") as name:
+            raises(KeyError, template.run, __import__, failing)
+            same(template.run(import_there, name), 1)
+        late = template.stats().late
+        same((name in late, failing in late, "sys" in late), (True, False, False))
+    same((template.stats().starts, template.stats().pid), (4, None))
