@@ -1,27 +1,31 @@
 """A template's workers beside their nearest peers, interleaved in one process.
 
-usage: bench_zygote.py [--module NAME] [--rounds N] [--json]
+usage: bench_zygote.py [--module NAME] [--rounds N] [--json] [--plot FILE]
 
 first line: from the start to the first line of a target in a module, with NAME loaded;
 call: until the start has returned. Times in µs, medians; ratio: the median, over the
 rounds, of the peer's time to ours. Peers: multiprocessing's forkserver, which has
-preloaded NAME too, and its spawn; os.fork() where the owner has a gigabyte. `forked`: a
-template that keeps no standbys.
+preloaded NAME too, and its spawn; os.fork() where the owner has a gigabyte. The floor: one
+sendmsg(2) with three descriptors between two C programs (floor.c), which wait as long before
+it. `forked`: a template that keeps no standbys.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import multiprocessing
 import os
 import random
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import zygote_targets
@@ -80,6 +84,30 @@ def by_fork() -> Timed:
     return (called - start) / 1e3, (stamp - start) / 1e3
 
 
+@contextlib.contextmanager
+def floor() -> Iterator[Callable[[], Timed]]:
+    """The C programs of floor.c."""
+    with tempfile.TemporaryDirectory() as folder:
+        program = os.path.join(folder, "floor")
+        source = os.path.join(os.path.dirname(os.path.abspath(__file__)), "floor.c")
+        subprocess.run(["cc", "-O2", "-std=c11", "-o", program, source], check=True)
+        with subprocess.Popen(
+            [program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            to, answers = process.stdin, process.stdout
+
+            def run() -> Timed:
+                to.write(f"{SETTLE_SECONDS * 1e6:.0f}\n")
+                to.flush()
+                took, woken = answers.readline().split()
+                return int(took) / 1e3, int(woken) / 1e3
+
+            yield run
+            to.close()
+
+
 def measure(ours: Callable[[], Timed], peer: Callable[[], Timed], rounds: int) -> dict[str, float]:
     timed: tuple[list[Timed], list[Timed]] = ([], [])
     for n in range(rounds + 3):
@@ -90,7 +118,7 @@ def measure(ours: Callable[[], Timed], peer: Callable[[], Timed], rounds: int) -
 
     def ratio(part: int) -> float:
         pairs = zip(timed[0], timed[1], strict=True)
-        return round(statistics.median(b[part] / a[part] for a, b in pairs), 1)
+        return round(statistics.median(b[part] / a[part] for a, b in pairs), 2)
 
     def median(which: int, part: int) -> float:
         return round(statistics.median(one[part] for one in timed[which]), 1)
@@ -175,6 +203,8 @@ def all_rows(module: str, rounds: int, tell: Callable[[str], None]) -> list[dict
     add("standby", "forkserver, preloaded", measure(ours, peer, rounds))
     add("standby", "spawn, which imports", measure(ours, spawn, max(5, rounds // 10)))
     add("forked", "forkserver, preloaded", measure(forked, peer, rounds))
+    with floor() as send:
+        add("standby", "one sendmsg(2) in C, the floor", measure(ours, send, rounds))
     tell("8 busy threads")
     with busy(8):
         add(
@@ -211,6 +241,33 @@ def show(rows: list[dict[str, Any]]) -> None:
                 print(f"    {name:12} {row[name]:>12,} {row['peer_' + name]:>14,} {row[key]:>10,}x")
 
 
+def plot(rows: list[dict[str, Any]], path: str) -> None:
+    """All ratios, as bars on a logarithmic axis."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    bars = [
+        (
+            f"{row['what']}: {key.removesuffix('_ratio').replace('_', ' ')}\n/ {row['against']}",
+            row[key],
+        )
+        for row in rows
+        for key in row
+        if key.endswith("_ratio")
+    ]
+    figure, axes = pyplot.subplots(figsize=(9, 0.55 * len(bars) + 1.2), layout="constrained")
+    drawn = axes.barh([name for name, _ in bars], [ratio for _, ratio in bars], color="#3b6ea5")
+    axes.bar_label(drawn, fmt="{:,.3g}x", padding=3)
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_xscale("log")
+    axes.margins(x=0.15)
+    axes.invert_yaxis()
+    axes.set_xlabel("times better than the peer (median of interleaved rounds)")
+    figure.savefig(path)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -218,6 +275,7 @@ def main() -> int:
     parser.add_argument("--module", default="numpy", help="what workers need (default numpy)")
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--plot", metavar="FILE", help="draw the ratios; SVG, PNG or PDF")
     options = parser.parse_args()
     warnings.simplefilter("ignore", DeprecationWarning)
     try:
@@ -229,6 +287,8 @@ def main() -> int:
         print(f"... {text}", file=sys.stderr, flush=True)
 
     rows = all_rows(options.module, options.rounds, tell)
+    if options.plot:
+        plot(rows, options.plot)
     if options.json:
         json.dump(rows, sys.stdout, indent=1)
         print()

@@ -309,12 +309,6 @@ class Template:
 
     # ---- using it -------------------------------------------------------------------
 
-    def _now(self) -> _Made:
-        made = self._made
-        if made is None or made.owner != os.getpid() or self._closed:
-            return self._process()
-        return made
-
     def _pickled(
         self, fn: Callable[..., object], args: tuple[object, ...]
     ) -> tuple[bytes, tuple[str, str, bool] | None]:
@@ -333,7 +327,9 @@ class Template:
         call = self._pickled(fn, args)
         why = ""
         for _ in range(_TIMES_MADE):
-            made = self._now()
+            made = self._made
+            if made is None or made.owner != os.getpid() or self._closed:
+                made = self._process()
             child = _anyfork.spawn(cls, METHOD, _whole(made, *call), (), options, -1, made.link)
             if not isinstance(child, str):
                 child.__dict__["_late"] = self._late
@@ -353,7 +349,7 @@ class Template:
         children: list[Child | None] = [None] * len(calls)
         why: str | None = ""
         for _ in range(_TIMES_MADE):
-            made = self._now()
+            made = self._process()
             left = [i for i, child in enumerate(children) if child is None]
             pickles = [_whole(made, *calls[i]) for i in left]
             started, why = _anyfork.spawn_many(Child, pickles, options, made.link)
@@ -386,17 +382,13 @@ class Template:
         self, fn: Callable[..., object], /, *args: object, **options: Unpack[Options]
     ) -> Child:
         """:func:`anyfork.spawn` with this template."""
-        from . import spawn
-
         options["template"] = self
-        return spawn(fn, *args, method=METHOD, **options)
+        return _request.spawn(fn, *args, method=METHOD, **options)
 
     def run(self, fn: Callable[..., Any], /, *args: object, **options: Unpack[Options]) -> Any:
         """:func:`anyfork.run` with this template."""
-        from . import run
-
         options["template"] = self
-        return run(fn, *args, method=METHOD, **options)
+        return _request.run(fn, *args, method=METHOD, **options)
 
     def spawn_many(
         self,
@@ -406,10 +398,8 @@ class Template:
         **options: Unpack[Options],
     ) -> list[Child]:
         """:func:`anyfork.spawn_many` with this template."""
-        from . import spawn_many
-
         options["template"] = self
-        return spawn_many(fn, args_of_each, **options)
+        return _request.spawn_many(fn, args_of_each, **options)
 
     def stats(self) -> Stats:
         """Counts since the template was created, and what it has now.
@@ -713,3 +703,8 @@ def default() -> Template:
 def warm() -> Template:
     """Make the default template ready, which otherwise the first start does."""
     return default().warm()
+
+
+# Not at the top, for it imports this module; nor in the methods, where it would take longer than
+# all the rest of their Python.
+from . import _request  # noqa: E402
