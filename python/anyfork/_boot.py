@@ -330,7 +330,8 @@ def _reset_faulthandler() -> None:
 def _name_main_thread() -> None:
     thread = threading.current_thread()
     if isinstance(thread, threading.Thread):
-        thread.name = "MainThread"
+        # Not by its setter, which renames the process, from 3.14 on.
+        thread._name = "MainThread"  # type: ignore[attr-defined]
 
 
 def _forget_executors() -> None:

@@ -31,6 +31,7 @@
 #define BODY_ALWAYS_FITS 1024        /* SOCK_MIN_SNDBUF of the kernel is four times that */
 #define OFFERS_TRIED 64              /* dead ones, in one start */
 #define CLIENTS_MAX 64     /* processes that share a template; more make one of their own */
+#define WANTED_MAX 256u    /* standbys that are made at once: more are asked for again */
 #define NESTED_HIGH 1u     /* standbys of each of them */
 #define REFILL_DELAY_NS ((int64_t)1000000) /* behind the user's first line */
 #define REFILL_AFTER_DEATH_NS ((int64_t)100000000)
@@ -967,7 +968,8 @@ take_messages(struct client *c)
             return;
         }
         if (message.op == AFK_ZYGOTE_WANT) {
-            c->wanted += message.number;
+            c->wanted += message.number < WANTED_MAX ? message.number : WANTED_MAX;
+            c->wanted = c->wanted < WANTED_MAX ? c->wanted : WANTED_MAX;
             c->last_start = afk_os_now_ns();
         }
     }

@@ -895,6 +895,18 @@ def check_threads_of_the_worker(place: str) -> None:
     same(witnessed(), [])
 
 
+def comm() -> str:
+    with open("/proc/self/comm") as f:
+        return f.read()
+
+
+@places("main")
+def check_its_name_stays(place: str) -> None:
+    """What ps shows of a worker that was not given a name is what it shows of its owner."""
+    same(anyfork.run(comm, method="fork"), comm())
+    same(anyfork.run(comm, method="fork", name="given"), "given\n")
+
+
 def use_executors() -> int:
     from concurrent.futures import ThreadPoolExecutor
 
