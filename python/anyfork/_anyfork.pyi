@@ -135,6 +135,17 @@ def methods() -> list[_MethodRow]:
 def workers_held() -> int:
     """How many handles of workers this process has not closed."""
 
+def cuda_state(library: str, /) -> tuple[Literal["off", "on", "unknown"], list[int]]:
+    """Of a libcuda that is loaded: whether it was initialized, and the devices with a
+    context; -1: a context of this thread's own. Loads and initializes nothing."""
+
+def fork_hooks() -> list[Any] | None:
+    """What os.register_at_fork() was given in this interpreter; None: not known here."""
+
+def fork_handlers() -> list[str] | None:
+    """The libraries that registered fork handlers, "" where that is not known; None:
+    nobody has counted them, see src/shim/atfork.c."""
+
 def check_fork() -> None:
     """Raise MethodUnavailable where fork() cannot work."""
 

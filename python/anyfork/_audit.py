@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import _thread
+import collections
+import functools
 import gc
 import os
+import re
+import struct
 import sys
 import threading
 import time
@@ -16,10 +20,23 @@ from . import _anyfork
 _LOCKS = (_thread.LockType, _thread.RLock)
 _TRIAL_TIMEOUT = 10.0
 _SETTLE = 0.2  # seconds for threads that are ending
+_STACK_BYTES = 65536  # of a thread's that are looked through
+_WORD = struct.calcsize("P")
+
+# Libraries with pools of threads, as their files are called; and what makes them have none.
+_POOLS = {
+    "libgomp": "OMP_NUM_THREADS=1",
+    "libomp": "OMP_NUM_THREADS=1",
+    "libiomp5": "OMP_NUM_THREADS=1",
+    "libscipy_openblas": "OPENBLAS_NUM_THREADS=1",
+    "libopenblas": "OPENBLAS_NUM_THREADS=1",
+    "libblis": "BLIS_NUM_THREADS=1",
+    "libmkl": "MKL_NUM_THREADS=1",
+}
 
 
 class Finding(NamedTuple):
-    """``kind``: thread, socket or lock. ``what``: which. ``remedy``: what to do."""
+    """``kind``: thread, socket, lock or cuda. ``what``: which. ``remedy``: what to do."""
 
     kind: str
     what: str
@@ -66,6 +83,67 @@ def _fork_once() -> None:
         time.sleep(0.001)
 
 
+class _Mapping(NamedTuple):
+    begin: int
+    end: int
+    path: str
+
+
+def _mappings() -> list[_Mapping]:
+    """Of this process, in the order of their addresses; without a file: an empty path."""
+    found = []
+    with open("/proc/self/maps") as f:
+        for line in f:
+            words = line.rstrip("\n").split(maxsplit=5)
+            begin, _minus, end = words[0].partition("-")
+            path = words[5].removesuffix(" (deleted)") if len(words) > 5 else ""
+            found.append(_Mapping(int(begin, 16), int(end, 16), path))
+    return found
+
+
+def _pool_of(path: str) -> str | None:
+    name = os.path.basename(path)
+    return next((pool for pool in _POOLS if re.match(rf"{pool}[-_.\d]", f"{name}.")), None)
+
+
+def _pool_of_thread(tid: int, mappings: list[_Mapping]) -> str | None:
+    """The library that a waiting thread waits in: its stack holds addresses of it."""
+    pools = [m for m in mappings if _pool_of(m.path) is not None]
+    if not pools:
+        return None
+    try:
+        with open(f"/proc/self/task/{tid}/syscall") as f:
+            top = int(f.read().split()[-2], 16)
+        stack = next(m for m in mappings if m.begin <= top < m.end)
+        with open("/proc/self/mem", "rb", buffering=0) as memory:
+            size = min(_STACK_BYTES, stack.end - top) // _WORD * _WORD
+            data = os.pread(memory.fileno(), size, top)
+    except (OSError, ValueError, IndexError, StopIteration):  # it runs, or /proc does not tell
+        return None
+    for (word,) in struct.iter_unpack("P", data[: len(data) // _WORD * _WORD]):
+        for mapping in pools:
+            if mapping.begin <= word < mapping.end:
+                return _pool_of(mapping.path)
+    return None
+
+
+def _thread_finding(tid: int, name: str | None, comm: str, mappings: list[_Mapping]) -> Finding:
+    pool = _pool_of_thread(tid, mappings) if name is None else None
+    if pool is None:
+        return Finding(
+            "thread",
+            name or comm,
+            "workers would not have it, but find locked what it had locked: start it in workers",
+        )
+    return Finding(
+        "thread",
+        f"{comm}, of the pool of {pool}",
+        "workers would not have it, and may wait for it for ever in their first parallel loop: "
+        f"compute nothing parallel in preloads and setup, or have {_POOLS[pool]} in the "
+        "environment of this program (or threadpoolctl.threadpool_limits(1) before it does)",
+    )
+
+
 def _threads() -> list[Finding]:
     if _other_threads():
         _fork_once()
@@ -73,13 +151,9 @@ def _threads() -> list[Finding]:
     while (left := _other_threads()) and time.monotonic() < end:
         time.sleep(0.01)
     known = {thread.native_id: thread.name for thread in threading.enumerate()}
+    mappings = _mappings() if left else []
     return [
-        Finding(
-            "thread",
-            known.get(tid) or name,
-            "workers would not have it, but find locked what it had locked: start it in workers",
-        )
-        for tid, name in sorted(left.items())
+        _thread_finding(tid, known.get(tid), comm, mappings) for tid, comm in sorted(left.items())
     ]
 
 
@@ -144,9 +218,69 @@ def _locks() -> list[Finding]:
     ]
 
 
+def _cuda_of_driver() -> str | None:
+    """Asked of libcuda itself, whoever has loaded it."""
+    paths = {m.path for m in _mappings() if os.path.basename(m.path).startswith("libcuda.so")}
+    for path in sorted(paths):
+        state, devices = _anyfork.cuda_state(path)
+        if state == "unknown":
+            return f"{path} is loaded, and does not tell whether it is in use"
+        if devices == [-1]:
+            return "a context of this thread"
+        if devices:
+            return f"a context on device {', '.join(map(str, devices))}"
+        if state == "on":
+            return "the driver is initialized"
+    return None
+
+
+def _cuda() -> list[Finding]:
+    what = _cuda_of_driver()
+    in_use = getattr(sys.modules.get("torch.cuda"), "is_initialized", None)
+    if what is None and callable(in_use) and in_use():
+        what = "torch.cuda is initialized"
+    if what is None:
+        return []
+    return [
+        Finding(
+            "cuda",
+            what,
+            "no process that is forked from here could use a GPU (CUDA_ERROR_NOT_INITIALIZED): "
+            "preload the libraries, but make the first call of CUDA in workers",
+        )
+    ]
+
+
 def findings(ours: frozenset[str]) -> list[Finding]:
     """All of them; ``ours``: sockets that belong to the template itself."""
-    return [*_threads(), *_sockets(ours), *_locks()]
+    return [*_threads(), *_sockets(ours), *_locks(), *_cuda()]
+
+
+class Handlers(NamedTuple):
+    """Who is called at each fork: libraries, and how often each has registered; what
+    os.register_at_fork() was given. None: not known."""
+
+    c: dict[str, int] | None
+    python: list[str] | None
+
+
+def _name_of(fn: Any) -> str:
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    module = getattr(fn, "__module__", None) or type(fn).__module__
+    return f"{module}.{getattr(fn, '__qualname__', None) or type(fn).__qualname__}"
+
+
+def fork_handlers() -> Handlers:
+    paths, hooks = _anyfork.fork_handlers(), _anyfork.fork_hooks()
+    names = [os.path.basename(path) or "of a library that is not known" for path in paths or ()]
+    return Handlers(
+        None if paths is None else dict(collections.Counter(names)),
+        # Not the marks by which the library finds these lists, which do nothing.
+        None
+        if hooks is None
+        else [name for hook in hooks if not (name := _name_of(hook)).endswith("anyfork_mark")],
+    )
 
 
 def _resident_kb() -> int:
@@ -154,7 +288,7 @@ def _resident_kb() -> int:
         return int(f.read().split()[1]) * os.sysconf("SC_PAGESIZE") // 1024
 
 
-def inspect(names: list[str]) -> tuple[list[Module], list[Finding]]:
+def inspect(names: list[str]) -> tuple[list[Module], list[Finding], Handlers]:
     """Import modules here, one after the other, and look. For a process of its own."""
     modules = []
     ours = open_sockets()
@@ -174,4 +308,4 @@ def inspect(names: list[str]) -> tuple[list[Module], list[Finding]]:
                 error,
             )
         )
-    return modules, findings(ours)
+    return modules, findings(ours), fork_handlers()

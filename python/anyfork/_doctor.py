@@ -330,15 +330,43 @@ def command(as_json: bool) -> int:
     return 1 if problems else 0
 
 
+def _counting_environment() -> dict[str, str]:
+    """In which fork handlers of C are counted, see src/shim/atfork.c, if the path of this
+    package allows it."""
+    env = dict(os.environ)
+    path = os.path.join(os.path.dirname(_anyfork.__file__), "lib", "anyfork-atfork.so")
+    if os.path.isfile(path) and not any(c in path for c in " :$"):  # as of ld.so(8)
+        env["LD_PRELOAD"] = ":".join(filter(None, (path, env.get("LD_PRELOAD"))))
+    return env
+
+
+def _handlers_text(handlers: _audit.Handlers) -> str:
+    def text(what: str, number: int | None, names: list[str]) -> str:
+        if number is None:
+            return f"of {what} not known"
+        return f"{number} of {what}" + (f" ({', '.join(names)})" if names else "")
+
+    c, python = handlers
+    counted = [name if n == 1 else f"{name} {n} times" for name, n in sorted((c or {}).items())]
+    return "; ".join(
+        (
+            text("C", None if c is None else sum(c.values()), counted),
+            text("Python", None if python is None else len(python), python or []),
+        )
+    )
+
+
 def template_command(names: list[str], as_json: bool) -> int:
     """`anyfork doctor --template MODULE...`; returns its exit status."""
-    with spawn(_audit.inspect, names, method="exec") as child:
-        modules, findings = child.result()
+    # Nothing is preloaded into a template that serves: what is counted there is for the reader.
+    with spawn(_audit.inspect, names, method="exec", env=_counting_environment()) as child:
+        modules, findings, handlers = child.result()
     failed = [module for module in modules if module.error]
     if as_json:
         report = {
             "modules": [module._asdict() for module in modules],
             "findings": [finding._asdict() for finding in findings],
+            "fork_handlers": handlers._asdict(),
         }
         print(json.dumps(report, indent=2))
         return 1 if failed or findings else 0
@@ -356,6 +384,7 @@ def template_command(names: list[str], as_json: bool) -> int:
         ],
         right={1, 2, 3},
     )
+    print(f"called at each fork: {_handlers_text(handlers)}")
     for finding in findings:
         print(f"refused: {finding}")
     if not findings and not failed:

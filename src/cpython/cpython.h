@@ -94,6 +94,7 @@ PyMutex *afk_runtime_head_mutex(const struct afk_layout *lo);
 PyInterpreterState **afk_interp_next(const struct afk_layout *lo, PyInterpreterState *interp);
 PyThreadState **afk_interp_threads(const struct afk_layout *lo, PyInterpreterState *interp);
 char **afk_interp_gil(const struct afk_layout *lo, PyInterpreterState *interp);
+/* The third of three lists: before and after_in_parent come first. */
 PyObject **afk_interp_child_hooks(const struct afk_layout *lo, PyInterpreterState *interp);
 /* True while a thread collects; NULL: not known. */
 int *afk_interp_collecting(const struct afk_layout *lo, PyInterpreterState *interp);

@@ -38,4 +38,9 @@ struct afk_template *ext_template_of(PyObject *template); /* of the type; borrow
 PyObject *ext_template_start_many(PyObject *template, PyTypeObject *type, PyObject *pickles,
                                   const struct anyfork_options *options);
 
+/* py_audit.c */
+PyObject *ext_cuda_state(PyObject *module, PyObject *path);
+PyObject *ext_fork_hooks(PyObject *module, PyObject *args);
+PyObject *ext_fork_handlers(PyObject *module, PyObject *args);
+
 #endif
