@@ -109,6 +109,9 @@ class Template:
       timeout: seconds that it may take to load all that.
       audit: what is done about threads, sockets and locked locks that it has then:
         "refuse", or "warn" on standard error. `anyfork doctor --template` shows them.
+      on_error: what is done about a preload that cannot be imported: "raise", "warn" on
+        standard error and go on, or "ignore" it. Workers import it themselves then, and
+        get the error if they do.
 
     Its process is made by the first start, or by :meth:`warm`; and made again, of the same
     modules, by the first start after it has died, or after this process has changed its
@@ -130,6 +133,7 @@ class Template:
         idle: float = 60.0,
         timeout: float = 120.0,
         audit: Literal["refuse", "warn"] = "refuse",
+        on_error: Literal["raise", "warn", "ignore"] = "raise",
     ) -> None:
         if isinstance(preload, str):
             raise TypeError(f"preload: names of modules are wanted: [{preload!r}]")
@@ -146,7 +150,12 @@ class Template:
             raise ValueError("idle, timeout: seconds are wanted")
         if audit not in ("refuse", "warn"):
             raise ValueError(f"audit: 'refuse' or 'warn' is wanted, not {audit!r}")
+        if on_error not in ("raise", "warn", "ignore"):
+            raise ValueError(
+                f"on_error: 'raise', 'warn' or 'ignore' is wanted, not {on_error!r}"
+            )
         self._audit = audit
+        self._on_error = on_error
         self._standby = (low, high)
         self._idle = min(float(idle), _LONG)
         self._timeout = min(float(timeout), _LONG)
@@ -168,6 +177,7 @@ class Template:
         idle: float = 60.0,
         timeout: float = 120.0,
         audit: Literal["refuse", "warn"] = "refuse",
+        on_error: Literal["raise", "warn", "ignore"] = "raise",
     ) -> Template:
         """A template that begins with what this one has loaded: its process is forked from
         this one's, and shares that memory. Arguments as of :class:`Template`."""
@@ -179,6 +189,7 @@ class Template:
             idle=idle,
             timeout=timeout,
             audit=audit,
+            on_error=on_error,
         )
 
     # ---- making it ----------------------------------------------------------------
@@ -249,6 +260,7 @@ class Template:
                 standby or self._standby,
                 self._idle,
                 self._audit,
+                self._on_error,
             )
             process = self._begin(args, options)
         finally:
@@ -511,7 +523,7 @@ class _Branch(Template):
     def _start_fresh(
         self, fn: Callable[..., object], args: tuple[object, ...], options: dict[str, Any]
     ) -> Child:
-        whole = Template(timeout=self._timeout, audit=self._audit)
+        whole = Template(timeout=self._timeout, audit=self._audit, on_error=self._on_error)
         whole._specs = self._specs  # type: ignore[method-assign]
         with contextlib.closing(whole):
             return whole._start_fresh(fn, args, options)

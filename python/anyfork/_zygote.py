@@ -25,13 +25,25 @@ def judge(found: list[_audit.Finding], audit: str) -> None:
         print(f"anyfork template: {text}", file=sys.stderr)
 
 
-def _load(preload: tuple[str, ...], setup: bytes | None) -> None:
-    for name in preload:
-        try:
-            importlib.import_module(name)
-        except BaseException as exc:
+def _preload(name: str, on_error: str) -> None:
+    try:
+        importlib.import_module(name)
+    except BaseException as exc:
+        # Some modules end the program where they cannot work.
+        if on_error == "raise" or not isinstance(exc, Exception | SystemExit):
             exc.add_note(f"This was in a template, which was to preload {name!r}.")
             raise
+        if on_error == "warn":
+            print(
+                f"anyfork template: {name!r} is not preloaded, workers have to import it "
+                f"themselves: {type(exc).__name__}: {exc}",
+                file=sys.stderr,
+            )
+
+
+def _load(preload: tuple[str, ...], setup: bytes | None, on_error: str) -> None:
+    for name in preload:
+        _preload(name, on_error)
     if setup is not None:
         try:
             fn, args = _boot.load(setup)
@@ -48,6 +60,7 @@ def serve(
     standby: tuple[int, int],
     idle: float,
     audit: str,
+    on_error: str,
     shared: bool,
     loads: tuple[tuple[tuple[str, ...], bytes | None], ...],
 ) -> None:
@@ -62,7 +75,7 @@ def serve(
     ours = _audit.open_sockets()
     names: list[str] = []
     for preload, setup in loads:
-        _load(preload, setup)
+        _load(preload, setup, on_error)
         names += preload
     if loads:
         judge(_audit.findings(ours), audit)

@@ -610,6 +610,42 @@ def check_preloads_that_fail(place: str) -> None:
             template.close()
 
 
+def import_here(name: str) -> None:
+    importlib.import_module(name)
+
+
+def text_on_stderr(name: str, on_error: Any) -> str:
+    """What a template says that goes on without this module."""
+    with tempfile.TemporaryFile() as log:
+        before = os.dup(2)
+        os.dup2(log.fileno(), 2)
+        try:
+            with anyfork.Template([name, "json"], on_error=on_error) as template:
+                same(template.run(imported, name), (False, None))
+                same(template.run(imported, "json"), (True, None))
+                for _ in range(2):
+                    exc = raises(BaseException, template.run, import_here, name)
+                    assert isinstance(exc, KeyError | anyfork.WorkerDied), exc
+                same(template.stats().made, 1)
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+        log.seek(0)
+        return log.read().decode()
+
+
+@places("main", "isolated")
+def check_preloads_that_may_fail(place: str) -> None:
+    for text, words in (
+        ("raise KeyError('of the module')", "KeyError: 'of the module'"),
+        ("import sys; sys.exit(4)", "SystemExit: 4"),
+    ):
+        with module(text) as name:
+            same(text_on_stderr(name, "ignore"), "")
+            said = text_on_stderr(name, "warn")
+            assert f"{name!r} is not preloaded" in said and words in said, said
+
+
 @places("main", "isolated")
 def check_a_preload_that_hangs(place: str) -> None:
     with module("import time; time.sleep(1000)") as name:
@@ -637,6 +673,8 @@ def check_bad_input(place: str) -> None:
         (ValueError, {"standby": (0, 1000)}),
         (ValueError, {"idle": 0}),
         (ValueError, {"timeout": -1}),
+        (ValueError, {"audit": "ignore"}),
+        (ValueError, {"on_error": "refuse"}),
     ):
         raises(kind, lambda a=arguments: anyfork.Template(**a))
     raises(TypeError, lambda: anyfork.spawn(give, template="json"))
