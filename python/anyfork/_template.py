@@ -74,7 +74,8 @@ class Stats(NamedTuple):
     process was made. pid: of the process now; None: there is none. standbys, workers: its
     children now. call: seconds that the last starts, 256 at most, took their callers:
     (median, 99th percentile); None: there was none. pss: kB of memory, of the process with its
-    standbys and workers, what they share counted once (proc_pid_smaps(5)); None: not readable.
+    standbys and workers, what they share counted once (proc_pid_smaps(5)); None: not readable,
+    which takes CAP_SYS_PTRACE (docs/security.md).
     late: modules that workers, whose result was asked for, had to import themselves: candidates
     for ``preload``.
     """
@@ -641,8 +642,13 @@ def _family(pid: int) -> tuple[int, int, int | None]:
         standbys += standby
         workers += not standby
     for one in (str(pid), *pids):
-        with contextlib.suppress(OSError), open(f"/proc/{one}/smaps_rollup") as f:
-            pss = (pss or 0) + next(int(line.split()[1]) for line in f if line[:4] == "Pss:")
+        try:
+            with open(f"/proc/{one}/smaps_rollup") as f:
+                pss = (pss or 0) + next(int(line.split()[1]) for line in f if line[:4] == "Pss:")
+        except PermissionError:  # those that are not dumpable: a part would mislead
+            return standbys, workers, None
+        except OSError:  # it has ended
+            continue
     return standbys, workers, pss
 
 

@@ -474,6 +474,7 @@ struct afk_standby {
     int taken_fd; /* its pid goes there when it has begun its start */
     int door_fd;  /* of a template that is shared; else -1 */
     pid_t owner;  /* who alone can start it */
+    int dumpable; /* what its worker is, PR_SET_DUMPABLE(2const) */
 };
 /* fork(2) into a standby: its pid, or a negative errno; in the child it never returns. */
 typedef pid_t (*afk_fork_standby)(void *arg, const struct afk_standby *standby);

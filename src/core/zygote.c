@@ -19,6 +19,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/signalfd.h>
 #include <sys/socket.h>
@@ -850,7 +851,7 @@ struct server {
     const struct afk_server_options *options;
     afk_fork_standby fork_standby;
     void *arg;
-    int signals, taken[2], door[2];
+    int signals, taken[2], door[2], dumpable;
     struct worker *worker;
     unsigned n_workers, room;
     struct client *client[CLIENTS_MAX]; /* the first is the template's own owner */
@@ -927,7 +928,7 @@ make_standby(struct server *s, struct client *c)
     if (r == 0 && setsockopt(report[1], SOL_SOCKET, SO_PASSCRED, &on, sizeof on) < 0)
         r = -errno;
     if (r == 0) {
-        const struct afk_standby standby = {report[1], life[0], s->taken[1], s->door[1], c->pid};
+        const struct afk_standby standby = {report[1], life[0], s->taken[1], s->door[1], c->pid, s->dumpable};
         pid_t pid = s->fork_standby(s->arg, &standby);
         r = pid < 0 ? (int)pid : 0;
         if (pid > 0) {
@@ -1173,6 +1174,10 @@ static int
 open_server(struct server *s)
 {
     sigset_t child;
+    /* Nobody of the same user reads its memory, traces it or takes its descriptors, a worker
+     * that was taken over, say; PR_SET_DUMPABLE(2const). A start undoes that in its worker. */
+    s->dumpable = prctl(PR_GET_DUMPABLE, 0, 0, 0, 0);
+    (void)prctl(PR_SET_DUMPABLE, 0, 0, 0, 0);
     (void)sigemptyset(&child);
     (void)sigaddset(&child, SIGCHLD);
     (void)signal(SIGCHLD, SIG_DFL);

@@ -13,6 +13,7 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -455,6 +456,7 @@ afk_boot_run_standby(PyObject *boot, struct afk_forking *f, const struct afk_sta
     /* The template makes another one, but not at once. */
     (void)!write(standby->taken_fd, &me, sizeof me);
     (void)close(standby->taken_fd);
+    (void)prctl(PR_SET_DUMPABLE, standby->dumpable, 0, 0, 0);
     begin_start(boot, &f->plan, &start, keep, &reporter);
     if (!afk_start_is_confirmed(f->plan.status_fd))
         _exit(0);

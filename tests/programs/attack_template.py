@@ -275,6 +275,64 @@ def check_a_namespace_of_one_thread(place: str) -> None:
         anyfork.run(unshare_in_a_thread, method="exec")
 
 
+def memory_can_be_read(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/mem", "rb"):
+            return True
+    except PermissionError:
+        return False
+
+
+def own_files() -> list[str]:
+    """Of /proc, that a process which must not be dumped cannot open."""
+    refused = []
+    for name, mode in (("environ", "r"), ("io", "r"), ("mem", "rb"), ("oom_score_adj", "r+")):
+        try:
+            open(f"/proc/self/{name}", mode).close()
+        except OSError:
+            refused.append(name)
+    return refused
+
+
+def look_at_memories() -> None:
+    """By a process of the same user, who has no privileges over them."""
+    with anyfork.Template(standby=(1, 1)) as template:
+        worker = template.spawn(sleep_for_ever)
+        worker.wait_ready(LIMIT)
+        server = pid_of(template)
+        until(lambda: len(children_of(server)) == 2, "a standby")
+        (standby,) = (pid for pid in children_of(server) if pid != worker.pid)
+        assert worker.pid is not None
+        by_fork = anyfork.spawn(sleep_for_ever, method="fork")
+        by_fork.wait_ready(LIMIT)
+        assert by_fork.pid is not None
+        readable = [memory_can_be_read(pid) for pid in (worker.pid, by_fork.pid)]
+        same(readable, [True, True])
+        same([memory_can_be_read(pid) for pid in (server, standby)], [False, False])
+        same(template.run(own_files), own_files())
+        raises(PermissionError, os.readlink, f"/proc/{server}/fd/3")
+        by_fork.close()
+        worker.close()
+
+
+@places("main")
+def check_memory_of_a_template_is_not_for_others(place: str) -> None:
+    if not ROOT:
+        look_at_memories()
+        return
+    setup = f"import sys; sys.path[:] = {sys.path!r}; import attack_template as a"
+    another = ["--reuid=65534", "--regid=65534", "--clear-groups", "--bounding-set=-all"]
+    # For a Python in the home of root: root who may read files, and nothing else of others.
+    unprivileged = ["--bounding-set=-all,+dac_override,+dac_read_search"]
+    for who in (another, unprivileged):
+        command = ["setpriv", "--inh-caps=-all", *who, sys.executable, "-c"]
+        if subprocess.run([*command, setup], stderr=subprocess.DEVNULL).returncode == 0:
+            done = subprocess.run([*command, f"{setup}; a.look_at_memories()"], timeout=3 * LIMIT)
+            same(done.returncode, 0)
+            return
+    print("there is no setpriv(1) here, or it may not drop privileges", file=sys.stderr)
+
+
 # ---- ends -----------------------------------------------------------------------------------
 
 

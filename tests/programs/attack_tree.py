@@ -336,6 +336,12 @@ def door() -> list[int]:
     return found
 
 
+def memory_of_others() -> bool:
+    """Whether this process may look at one that is not dumpable: CAP_SYS_PTRACE."""
+    with open("/proc/self/status") as f:
+        return any(line.startswith("CapEff") and int(line.split()[1], 16) >> 19 & 1 for line in f)
+
+
 def knock(data: bytes, n: int) -> bool:
     """Send the template nonsense, from a worker and from a child of it that is no worker;
     whether it can start workers afterwards."""
@@ -360,7 +366,8 @@ def check_nonsense_at_the_door(place: str) -> None:
     same((pid_of(template), template.stats().made), (pid, 1))
     with open(f"/proc/{pid}/limits") as f:
         assert "Max open files" in f.read()
-    same(len([name for name in os.listdir(f"/proc/{pid}/fd")]) < 60, True)
+    if memory_of_others():
+        same(len([name for name in os.listdir(f"/proc/{pid}/fd")]) < 60, True)
 
 
 def start_and_die(pipe: int) -> None:
@@ -424,8 +431,11 @@ def check_stats(place: str) -> None:
             same((stats.starts, stats.missed, stats.made, stats.workers), (1, 0, 1, 1))
             assert stats.call is not None
             assert 0 < stats.call[0] <= stats.call[1] < LIMIT, stats
-            assert stats.pss is not None
-            assert 1000 < stats.pss < 1_000_000, stats
+            if memory_of_others():
+                assert stats.pss is not None
+                assert 1000 < stats.pss < 1_000_000, stats
+            else:
+                assert stats.pss is None, stats
         same(template.run(give, 1), 1)
         same(template.stats().starts, 2)
         assert "attack_template" in template.stats().late, template.stats()
