@@ -1,38 +1,42 @@
 """The first Python in a worker. Imported before the fork, run after it.
 
 Everything here runs in a process in which the other threads have just vanished,
-with whatever they held. So: no import that is not done at the top, no lock that
-another thread may have held.
+with whatever they held. So: no import that is not done at the top or by
+load_needed(), no lock that another thread may have held.
+
+A fresh interpreter has nothing but this module, and what it imports here is most of what
+a start there takes: modules in C, and what CPython itself has loaded by then. What may
+not be there (threading, weakref, logging) has nothing to be repaired then.
 """
 
 from __future__ import annotations
 
 import _frozen_importlib
+import _pickle as pickle
 import _thread
-import array
 import atexit
-import contextlib
-import fcntl
 import io
-import linecache
 import os
-import pickle
-import signal
 import sys
-import threading
-import traceback
-import weakref
-from collections.abc import Callable, Coroutine, Iterator
-from types import ModuleType
-from typing import Any
+from _collections_abc import Coroutine
 
-from . import _anyfork, _errors
+from . import _anyfork
+
+TYPE_CHECKING = False  # without typing
+if TYPE_CHECKING:
+    import signal as _signal
+    from collections.abc import Callable
+    from typing import Any
+else:
+    import _signal
 
 _faulthandler: Any
 try:
     import faulthandler as _faulthandler
 except ImportError:  # an isolated interpreter: nor can the target import it there
     _faulthandler = None
+
+_needed: tuple[object, ...]  # until load_needed() there is none
 
 # Half-imported modules are not destroyed: their finalizers are not ours to run.
 _kept: list[object] = []
@@ -50,7 +54,7 @@ def descriptors_in_use() -> bytes:
     names = ("stdin", "stdout", "stderr", "__stdin__", "__stdout__", "__stderr__")
     streams: list[Any] = [getattr(sys, name, None) for name in names]
     streams += [getattr(handler, "stream", None) for handler in _handlers()]
-    found = array.array("i")
+    found: list[int] = []
     for stream in streams:
         try:
             fd = stream.fileno()
@@ -58,32 +62,44 @@ def descriptors_in_use() -> bytes:
             continue
         if type(fd) is int and fd > 2 and fd not in found:
             found.append(fd)
-    return found.tobytes()
+    return b"".join(fd.to_bytes(4, sys.byteorder) for fd in found)
 
 
 _forking_loops: dict[int, Any] = {}
 
 
-@contextlib.contextmanager
-def loop_remembered() -> Iterator[None]:
+class loop_remembered:
     """A worker that is forked meanwhile knows the trio loop of this thread."""
-    module: Any = sys.modules.get("trio._core._run")
-    runner = getattr(getattr(module, "GLOBAL_RUN_CONTEXT", None), "runner", None)
-    if runner is None:
-        yield
-        return
-    me = _thread.get_ident()
-    _forking_loops[me] = runner
-    try:
-        yield
-    finally:
-        _forking_loops.pop(me, None)
+
+    def __enter__(self) -> None:
+        module: Any = sys.modules.get("trio._core._run")
+        runner = getattr(getattr(module, "GLOBAL_RUN_CONTEXT", None), "runner", None)
+        if runner is not None:
+            _forking_loops[_thread.get_ident()] = runner
+
+    def __exit__(self, *exc: object) -> None:
+        _forking_loops.pop(_thread.get_ident(), None)
 
 
 def _handlers() -> list[object]:
     """The logging handlers that are alive."""
     references = getattr(sys.modules.get("logging"), "_handlerList", ())
-    return [r() if isinstance(r, weakref.ref) else r for r in list(references)]
+    reference: Any = getattr(sys.modules.get("weakref"), "ref", ())
+    return [r() if isinstance(r, reference) else r for r in list(references)]
+
+
+def load_needed() -> None:
+    """What the functions below reach only on their way, before a fork from this interpreter:
+    an import in the child might wait for a dead thread."""
+    global _needed
+    import fcntl
+    import linecache
+    import traceback
+
+    # On free-threaded builds the first call of a C function prepares its argument parser,
+    # and a child that was forked meanwhile waits for ever for a dead thread to finish.
+    loads(pickle.dumps(None, protocol=5))
+    _needed = (fcntl, linecache, traceback)  # looked for by afk_boot_prepare_fork()
 
 
 # ---- before the hooks -----------------------------------------------------------
@@ -154,7 +170,7 @@ def _with_half(half: list[str]) -> set[str]:
             name
             for name, module in list(sys.modules.items())
             if name not in names
-            and type(module) is ModuleType
+            and type(module) is type(sys)
             and not _is_initializing(module)
             and str(getattr(module, "__file__", None)).endswith((".py", ".pyc"))
             and (
@@ -172,19 +188,22 @@ def forget_finalizers() -> None:
 
     Those with ``atexit = False`` free something of this process alone: kept.
     """
-    finalize: Any = weakref.finalize
-    for reference, info in list(finalize._registry.items()):
-        if info.atexit:
-            del finalize._registry[reference]
-            _kept.append(info)
-    finalize._registered_with_atexit = False
+    finalize: Any = getattr(sys.modules.get("weakref"), "finalize", None)
+    if finalize is not None:
+        for reference, info in list(finalize._registry.items()):
+            if info.atexit:
+                del finalize._registry[reference]
+                _kept.append(info)
+        finalize._registered_with_atexit = False
     _forget_threading_exits()
 
 
 def _forget_threading_exits() -> None:
     """threading has an atexit list of its own. On it stay those who stop what this
     process may start itself: the threads of executors, and the launch pad."""
-    module: Any = threading
+    module: Any = sys.modules.get("threading")
+    if module is None:
+        return
     module._threading_atexits.clear()
     module._SHUTTING_DOWN = False
     for name in ("thread", "process"):
@@ -213,7 +232,7 @@ def prelude(redirected: int, interruptible: bool) -> None:
                 _renew(stream)
     _renew_logging()
     if interruptible and _anyfork.in_main():
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        _signal.signal(_signal.SIGINT, _signal.default_int_handler)
     _reset_faulthandler()
     _name_main_thread()
     _forget_executors()
@@ -234,7 +253,7 @@ def begin(streams: int, interruptible: bool) -> None:
         elif streams & (1 << number):
             _open_stream(number, name)
     if interruptible:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        _signal.signal(_signal.SIGINT, _signal.default_int_handler)
 
 
 def _open_stream(number: int, name: str) -> None:
@@ -315,6 +334,8 @@ def _renew_logging() -> None:
 
 def _is_tombstone(file: object) -> bool:
     """Whether a placeholder has the descriptor's number."""
+    import fcntl  # is there: load_needed()
+
     try:
         return bool(fcntl.fcntl(file.fileno(), fcntl.F_GETFL) & os.O_PATH)  # type: ignore[attr-defined]
     except (AttributeError, OSError, ValueError):
@@ -328,10 +349,11 @@ def _reset_faulthandler() -> None:
 
 
 def _name_main_thread() -> None:
-    thread = threading.current_thread()
-    if isinstance(thread, threading.Thread):
+    threading: Any = sys.modules.get("threading")
+    thread = threading.current_thread() if threading is not None else None
+    if thread is not None:
         # Not by its setter, which renames the process, from 3.14 on.
-        thread._name = "MainThread"  # type: ignore[attr-defined]
+        thread._name = "MainThread"
 
 
 def _forget_executors() -> None:
@@ -365,7 +387,7 @@ def _reset_multiprocessing() -> None:
         # when it is needed. Its lock may have been a dead thread's.
         tracker._fd = tracker._pid = None
         if hasattr(tracker, "_lock"):
-            tracker._lock = threading.RLock()
+            tracker._lock = _thread.RLock()
 
 
 def set_environment(entries: list[bytes]) -> None:
@@ -483,8 +505,11 @@ def dumps(value: object) -> bytes:
         cloudpickle: Any = sys.modules.get("cloudpickle")
         if cloudpickle is None:
             raise
-        with contextlib.suppress(Exception):
+        try:
             data: bytes = cloudpickle.dumps(value, protocol=5)
+        except Exception:
+            pass  # the first failure says more
+        else:
             return data
         raise
 
@@ -559,6 +584,8 @@ def _exit_code(exc: SystemExit) -> int:
 
 def describe(exc: BaseException) -> bytes:
     """An exception for the owner: pickled if that works both ways, else its repr."""
+    import traceback  # is there in a forked child: load_needed()
+
     try:
         text = "".join(traceback.format_exception(exc))
     except BaseException as failure:
@@ -577,34 +604,15 @@ def describe(exc: BaseException) -> bytes:
     return pickle.dumps((pickled, name, shown, text), protocol=5)
 
 
-def restore(payload: bytes) -> BaseException:
-    """The owner's side of describe(): the exception, with the remote traceback."""
-    pickled, name, shown, text = pickle.loads(payload)
-    exc: BaseException = _errors.RemoteError(name, shown, text)
-    if pickled is not None:
-        try:
-            loaded = loads(pickled)
-        except Exception as failure:
-            exc.add_note(f"it could not be unpickled here: {failure!r}")
-        else:
-            if isinstance(loaded, BaseException):
-                exc = loaded
-    note = f"Traceback in the worker:\n{text.rstrip()}"
-    try:
-        exc.add_note(note)
-    except Exception:  # a class of its own mind
-        exc = _errors.RemoteError(name, shown, text)
-        exc.add_note(note)
-    return exc
-
-
 def finish() -> None:
     """What Py_FinalizeEx() would do for Python code, without finalizing."""
-    # What stands for a thread that Python did not start is dropped while that still works.
-    with contextlib.suppress(AttributeError):
-        del threading._thread_local_info._track_dummy_thread_ref  # type: ignore[attr-defined]
+    threading: Any = sys.modules.get("threading")
     try:
-        threading._shutdown()  # type: ignore[attr-defined]
+        if threading is not None:
+            # What stands for a thread that Python did not start is dropped while that still
+            # works.
+            vars(threading._thread_local_info).pop("_track_dummy_thread_ref", None)
+            threading._shutdown()
     finally:
         try:
             atexit._run_exitfuncs()
@@ -617,10 +625,16 @@ def finish() -> None:
                     pass
 
 
-# On free-threaded builds the first call of a C function prepares its argument parser,
-# and a child that was forked meanwhile waits for ever for a dead thread to finish.
-loads(pickle.dumps(None, protocol=5))
+def main() -> None:
+    """In a fresh interpreter of method exec: read the target, call it, end. Never returns."""
+    _parent, report_fd, target_fd, name = sys.argv[1:5]
+    if name:
+        with open("/proc/self/comm", "wb") as comm:
+            comm.write(os.fsencode(name)[:15])
+    with open(int(target_fd), "rb") as file:
+        data = file.read()
+    sys.path[:], sys.argv[:], *_rest = pickle.loads(data)
+    _anyfork.exec_worker(int(report_fd), data)
 
-# Modules that the functions above reach only on their way: loaded now, for an
-# import in the child might wait for a dead thread.
-_needed = (linecache, traceback, pickle)
+
+_whole = True  # the last line: this module is complete

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import signal
 import threading
 import warnings
@@ -11,7 +12,7 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from . import _anyfork, _boot
-from ._errors import SpawnError, WorkerDied, in_python, worker_name
+from ._errors import RemoteError, SpawnError, WorkerDied, in_python, worker_name
 
 _taking_streams = threading.Lock()
 
@@ -22,6 +23,27 @@ def _new_lock() -> None:
 
 
 os.register_at_fork(after_in_child=_new_lock)
+
+
+def _restore(payload: bytes) -> BaseException:
+    """The owner's side of _boot.describe(): the exception, with the remote traceback."""
+    pickled, name, shown, text = pickle.loads(payload)
+    exc: BaseException = RemoteError(name, shown, text)
+    if pickled is not None:
+        try:
+            loaded = _boot.loads(pickled)
+        except Exception as failure:
+            exc.add_note(f"it could not be unpickled here: {failure!r}")
+        else:
+            if isinstance(loaded, BaseException):
+                exc = loaded
+    note = f"Traceback in the worker:\n{text.rstrip()}"
+    try:
+        exc.add_note(note)
+    except Exception:  # a class of its own mind
+        exc = RemoteError(name, shown, text)
+        exc.add_note(note)
+    return exc
 
 
 class Child(_anyfork.Child):
@@ -168,7 +190,7 @@ class Child(_anyfork.Child):
         if kind == _boot.RESULT:
             return None
         if kind in (_boot.RAISED, _boot.ERROR):
-            return _boot.restore(payload)
+            return _restore(payload)
         if self._read_errno:
             return SpawnError("read", self._read_errno, self.method, "its result is lost")
         if self._closed:
@@ -212,7 +234,7 @@ class Child(_anyfork.Child):
             detail = in_python(stage, detail)
         died = WorkerDied(self.pid, self._status)
         kind, payload = self._outcome()
-        cause = _boot.restore(payload) if kind == _boot.ERROR and payload else None
+        cause = _restore(payload) if kind == _boot.ERROR and payload else None
         why = repr(cause) if cause is not None else ""
         detail = "; ".join(filter(None, (detail, why, str(died))))
         exc = SpawnError(stage, errno or None, self.method, detail)

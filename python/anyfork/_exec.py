@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import signal
 import sys
 from collections.abc import Callable, Iterable
@@ -16,7 +15,10 @@ from ._options import Options, Path
 
 # -P: a module of the working directory is not taken for one of the standard library;
 # the owner's sys.path, which may begin with it, comes with the target.
-_BOOT = "import sys; sys.path.append(sys.argv[1]); from anyfork._exec import main; main()"
+_BOOT = (
+    "import sys; sys.path.append(sys.argv[1]); sys._anyfork_boots = True; "
+    "from anyfork._boot import main; main()"
+)
 
 
 def interpreter() -> str:
@@ -116,15 +118,3 @@ def _audit(prepared: dict[str, Any], options: Options) -> None:
     argv = prepared["argv"]
     program = prepared.get("program") or (argv[0] if argv else b"")
     sys.audit("subprocess.Popen", program, argv, options.get("cwd"), options.get("env"))
-
-
-def main() -> None:
-    """In the fresh interpreter: read the target, call it, end. Never returns."""
-    _parent, report_fd, target_fd, name = sys.argv[1:5]
-    if name:
-        with open("/proc/self/comm", "wb") as comm:
-            comm.write(os.fsencode(name)[:15])
-    with open(int(target_fd), "rb") as file:
-        data = file.read()
-    sys.path[:], sys.argv[:], *_rest = pickle.loads(data)
-    _anyfork.exec_worker(int(report_fd), data)

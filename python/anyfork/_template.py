@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import os
 import pickle
@@ -704,8 +703,6 @@ def _close_all() -> None:
     for template in list(_templates):
         template.close()
 
-
-atexit.register(_close_all)
 
 
 def default() -> Template:

@@ -70,6 +70,8 @@ def serve(
     _boot.load()), in their order; none: a snapshot. Nothing is collected while modules are
     loaded, and what they have made is frozen: a collection in a worker would copy all of it.
     """
+    from . import _api  # noqa: F401  # for workers that start workers; it imports this module
+
     _anyfork.begin_template(control, capabilities)
     gc.disable()
     ours = _audit.open_sockets()
@@ -79,6 +81,7 @@ def serve(
         names += preload
     if loads:
         judge(_audit.findings(ours), audit)
+    _boot.load_needed()
     _boot.rehearse()
     _boot.loaded = frozenset(sys.modules)
     _anyfork.set_title(": ".join(filter(None, ("anyfork template", ", ".join(names)))))

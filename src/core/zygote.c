@@ -928,7 +928,8 @@ make_standby(struct server *s, struct client *c)
     if (r == 0 && setsockopt(report[1], SOL_SOCKET, SO_PASSCRED, &on, sizeof on) < 0)
         r = -errno;
     if (r == 0) {
-        const struct afk_standby standby = {report[1], life[0], s->taken[1], s->door[1], c->pid, s->dumpable};
+        const struct afk_standby standby = {report[1],  life[0], s->taken[1],
+                                            s->door[1], c->pid,  s->dumpable};
         pid_t pid = s->fork_standby(s->arg, &standby);
         r = pid < 0 ? (int)pid : 0;
         if (pid > 0) {

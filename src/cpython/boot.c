@@ -33,10 +33,12 @@ afk_boot_prepare(struct anyfork_error *reterr)
     PyObject *name = PyUnicode_FromString("anyfork._boot");
     PyObject *boot = name ? PyImport_GetModule(name) : NULL;
     Py_XDECREF(name);
-    if (boot != NULL && PyObject_HasAttrString(boot, "_needed")) /* its last line: whole */
+    if (boot != NULL && PyObject_HasAttrString(boot, "_whole")) /* its last line */
         return boot;
     Py_XDECREF(boot);
     PyErr_Clear();
+    if (PySys_SetObject("_anyfork_boots", Py_True) < 0) /* and needs no more, see __init__.py */
+        PyErr_Clear();
     boot = PyImport_ImportModule("anyfork._boot");
     if (boot == NULL && PyErr_ExceptionMatches(PyExc_ModuleNotFoundError) &&
         package_parent != NULL) {
@@ -62,6 +64,22 @@ afk_boot_prepare(struct anyfork_error *reterr)
     if (boot == NULL)
         (void)afk_fail_python(reterr, ANYFORK_STAGE_PRELUDE, __LINE__,
                               "cannot import anyfork in the worker's interpreter");
+    return boot;
+}
+
+PyObject *
+afk_boot_prepare_fork(struct anyfork_error *reterr)
+{
+    PyObject *boot = afk_boot_prepare(reterr);
+    if (boot == NULL || PyObject_HasAttrString(boot, "_needed"))
+        return boot;
+    PyObject *r = PyObject_CallMethod(boot, "load_needed", NULL);
+    if (r == NULL) {
+        (void)afk_fail_python(reterr, ANYFORK_STAGE_PRELUDE, __LINE__,
+                              "cannot load what workers need");
+        Py_CLEAR(boot);
+    }
+    Py_XDECREF(r);
     return boot;
 }
 

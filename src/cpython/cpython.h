@@ -204,10 +204,11 @@ struct afk_job {
     struct afk_template *template; /* of a method that needs one; else NULL */
     bool orphan;          /* PROGRAM: nobody's child */
 };
-/* In the parent, with a thread state of the target's interpreter: the Python
- * part must be there before the fork. Returns a new reference or NULL with
+/* With a thread state of the target's interpreter. Returns a new reference, or NULL with
  * reterr filled and no exception set. */
 PyObject *afk_boot_prepare(struct anyfork_error *reterr);
+/* The same, in the parent: the Python part must be there, all of it, before the fork. */
+PyObject *afk_boot_prepare_fork(struct anyfork_error *reterr);
 _Noreturn void afk_boot_run(PyObject *boot, const struct afk_job *job,
                             struct afk_forking *f, bool in_subinterpreter);
 /* Runs a job in the current interpreter; its outcome has been reported when the exit

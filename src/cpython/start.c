@@ -75,7 +75,7 @@ start_here(const struct afk_method *method, const struct afk_job *job, bool for_
     }
     afk_layout_look_again();
     r = ANYFORK_EUNAVAILABLE;
-    boot = afk_boot_prepare(reterr);
+    boot = afk_boot_prepare_fork(reterr);
     if (boot != NULL) {
         r = keep_streams(boot, &f.plan, &kept, reterr);
         if (r == 0)

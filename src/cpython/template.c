@@ -106,7 +106,7 @@ afk_template_serve(const struct afk_server_options *options, struct anyfork_erro
         r = afk_setup_prepare(&serving.setup, NULL, AFK_SETUP_FORK, -1, reterr);
     if (r < 0)
         return r;
-    serving.boot = afk_boot_prepare(reterr);
+    serving.boot = afk_boot_prepare_fork(reterr);
     r = serving.boot != NULL ? keep_streams(&serving, reterr) : ANYFORK_EUNAVAILABLE;
     fresh = r == 0 ? afk_hop_enter(PyInterpreterState_Main(), &from) : NULL;
     if (r == 0 && fresh == NULL)

@@ -7,6 +7,7 @@ import _interpreters
 import atexit
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -66,6 +67,27 @@ def check_a_name_is_not_the_program(place: str) -> None:
     """Text that happens to be in an argument."""
     for method in fresh():
         same(anyfork.run(str, "__main__ __mp_main__", method=method), "__main__ __mp_main__")
+
+
+HEAVY = ("anyfork._request", "contextlib", "enum", "pickle", "re", "threading", "typing")
+LOADED = f"[m for m in {HEAVY!r} if m in __import__('sys').modules]"
+# What the package offers is there all the same, when it is asked for.
+OFFERED = "__import__('anyfork').SpawnError.__module__"
+
+
+@places("main", "isolated")
+def check_what_a_worker_waits_for(place: str) -> None:
+    """Modules that take as long as all the rest of a start."""
+    command = [sys.executable, "-c", f"print({LOADED})"]
+    bare = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=LIMIT)
+    for method in fresh():
+        if method == "zygote":  # loaded before there is a start
+            continue
+        same((method, anyfork.run(eval, LOADED, method=method)), (method, eval(bare.stdout)))
+        same((method, anyfork.run(eval, OFFERED, method=method)), (method, "anyfork"))
+        names = anyfork.run(eval, "dir(__import__('anyfork'))", method=method)
+        same((method, set(anyfork.__all__) - set(names)), (method, set()))
+        raises(AttributeError, anyfork.run, eval, "__import__('anyfork').nosuch", method=method)
 
 
 def check_results_of_any_size(place: str) -> None:

@@ -1,0 +1,41 @@
+"""What the package offers: see __init__.py, which loads it, for when."""
+
+from __future__ import annotations
+
+from ._anyfork import fork, forkpty
+from ._boot import register_child_reset
+from ._child import Child
+from ._errors import MethodUnavailable, RemoteError, SpawnError, TemplateLost, WorkerDied
+from ._install import install, is_installed, uninstall
+from ._methods import Method, methods
+from ._options import Options
+from ._request import run, spawn, spawn_many
+from ._template import Template, snapshot, warm
+
+__all__ = [
+    "Child",
+    "Method",
+    "MethodUnavailable",
+    "Options",
+    "RemoteError",
+    "SpawnError",
+    "Template",
+    "TemplateLost",
+    "WorkerDied",
+    "fork",
+    "forkpty",
+    "install",
+    "is_installed",
+    "methods",
+    "register_child_reset",
+    "run",
+    "snapshot",
+    "spawn",
+    "spawn_many",
+    "uninstall",
+    "warm",
+]
+
+for _name in __all__:
+    if _name not in ("fork", "forkpty"):  # in C, whose __module__ stays
+        globals()[_name].__module__ = __package__
