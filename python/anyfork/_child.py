@@ -160,7 +160,7 @@ class Child(_anyfork.Child):
             return None
         kind, payload = self._outcome()
         late = self.__dict__.pop("_late", None)
-        if late is not None:
+        if late is not None and payload is not None:
             late.update(_boot.late_imports(payload))
         exc = self._failure(kind, payload)
         if exc is not None:
