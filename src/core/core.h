@@ -443,6 +443,7 @@ struct afk_template_job {
     const struct afk_setup *setup; /* of AFK_SETUP_TEMPLATE */
     const char *pickle; /* what _boot.load() understands */
     size_t size;
+    bool asked; /* for a standby: then one that could not get ready is the worker, and says why */
     struct anyfork_child *child; /* NULL: to be started */
     bool started;
 };

@@ -490,8 +490,10 @@ drain(struct anyfork_child *child)
         }
         else {
             want = child->payload_size - child->payload_have;
-            to = child->payload + child->payload_have;
-            if (child->payload == NULL) { /* too large for us: keep the child going */
+            if (child->payload != NULL) {
+                to = child->payload + child->payload_have;
+            }
+            else { /* too large for us: keep the child going */
                 to = scratch;
                 want = want < sizeof scratch ? want : sizeof scratch;
             }

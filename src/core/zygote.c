@@ -343,10 +343,33 @@ is_dead(int pidfd)
     return poll(&p, 1, 0) != 0;
 }
 
-/* A standby that lives: its handle. As afk_template_start(). */
+struct offered {
+    pid_t pid; /* 0: none */
+    int fds[AFK_OFFER_FDS];
+};
+
+static void
+drop_offered(struct offered *offered)
+{
+    for (unsigned i = 0; i < AFK_OFFER_FDS && offered->pid > 0; i++)
+        afk_lifeline_close(&offered->fds[i]);
+    offered->pid = 0;
+}
+
+/* Whether a dead standby has said why it could not get ready: a reset that raises, say. */
+static bool
+has_failed(int report_fd)
+{
+    struct afk_report first;
+    return recv(report_fd, &first, sizeof first, MSG_PEEK | MSG_DONTWAIT) == sizeof first &&
+           afk_report_check(&first) == 0 && first.kind == AFK_REPORT_ERROR;
+}
+
+/* A standby that lives: its handle. As afk_template_start(). The first that has failed is
+ * kept in *failed. */
 static int
-take_offer(struct afk_template *t, struct anyfork_child **ret_child, const char **ret_why,
-           struct anyfork_error *reterr)
+take_offer(struct afk_template *t, struct anyfork_child **ret_child, struct offered *failed,
+           const char **ret_why, struct anyfork_error *reterr)
 {
     for (int tries = 0; tries < OFFERS_TRIED; tries++) {
         struct afk_zygote_message message;
@@ -364,9 +387,14 @@ take_offer(struct afk_template *t, struct anyfork_child **ret_child, const char 
         }
         afk_lifeline_end(begun);
         bool is_offer = n > 0 && is_ours(&message, n) && message.op == AFK_ZYGOTE_OFFER &&
-                        n_fds == AFK_OFFER_FDS;
+                        n_fds == AFK_OFFER_FDS && message.pid > 0;
         if (is_offer && r == 0 && !is_dead(fds[AFK_OFFER_PIDFD]))
             return afk_child_new_offered(ret_child, message.pid, fds, reterr);
+        if (is_offer && r == 0 && failed->pid == 0 && has_failed(fds[AFK_OFFER_REPORT])) {
+            failed->pid = message.pid;
+            memcpy(failed->fds, fds, sizeof fds);
+            continue;
+        }
         for (unsigned i = 0; i < n_fds; i++)
             afk_lifeline_close(&fds[i]);
         if (r < 0)
@@ -726,19 +754,27 @@ static int
 start_one(struct afk_template *t, const struct afk_surroundings *now, struct afk_template_job *job,
           const char **ret_why, struct anyfork_error *reterr)
 {
+    struct offered failed = {.pid = 0};
+    int r = -EAGAIN;
     for (int tries = 0; tries < OFFERS_TRIED; tries++) {
-        int r = take_offer(t, &job->child, ret_why, reterr);
+        r = take_offer(t, &job->child, &failed, ret_why, reterr);
         if (r < 0)
-            return r;
+            break;
         r = send_start(t, now, job->setup, job->pickle, job->size, job->child, ret_why, reterr);
         if (r == 0)
-            return 0;
+            break;
         anyfork_child_close(job->child);
         job->child = NULL;
         if (r != -EAGAIN)
-            return r;
+            break;
     }
-    return -EAGAIN;
+    /* Neither does one live that was made for this start: it has failed as that one says. */
+    if (r == -EAGAIN && job->asked && failed.pid > 0) {
+        r = afk_child_new_offered(&job->child, failed.pid, failed.fds, reterr);
+        failed.pid = 0;
+    }
+    drop_offered(&failed);
+    return r;
 }
 
 /* The rest of what it has to have in common with us, while standbys prepare themselves. */
@@ -837,6 +873,7 @@ struct client {
     unsigned goal;     /* how many to keep ready */
     int64_t refill_at; /* 0: nothing to refill */
     int64_t last_start;
+    unsigned failed;   /* standbys in a row that could not get ready */
     bool gone;
 };
 
@@ -1023,6 +1060,10 @@ note_taken(struct server *s)
             if (!worker->dismissed)
                 c->ready--;
             c->last_start = afk_os_now_ns();
+            if (c->failed > 0) { /* and this one has not */
+                c->failed = 0;
+                c->refill_at = 0;
+            }
             c->goal = c->high;
             refill(c, REFILL_DELAY_NS);
         }
@@ -1071,6 +1112,22 @@ tell_status(const struct worker *worker, int status)
     (void)send(worker->report_fd, &report, sizeof report, MSG_NOSIGNAL | MSG_DONTWAIT);
 }
 
+/* It has told why; the next one is not likely to do better. */
+static bool
+has_failed_status(int status)
+{
+    return WIFEXITED(status) && WEXITSTATUS(status) == AFK_EXIT_PRELUDE;
+}
+
+/* One that nobody has taken has ended. */
+static void
+note_death(struct client *c, int status)
+{
+    c->ready--;
+    c->failed = has_failed_status(status) ? c->failed + 1 : 0;
+    refill(c, REFILL_AFTER_DEATH_NS << (c->failed < 8 ? c->failed : 8));
+}
+
 static void
 reap_all(struct server *s)
 {
@@ -1085,10 +1142,8 @@ reap_all(struct server *s)
             continue; /* of a module that was preloaded */
         if (worker->report_fd >= 0) {
             tell_status(worker, status);
-            if (worker->client != NULL && !worker->taken && !worker->dismissed) {
-                worker->client->ready--;
-                refill(worker->client, REFILL_AFTER_DEATH_NS);
-            }
+            if (worker->client != NULL && !worker->taken && !worker->dismissed)
+                note_death(worker->client, status);
             afk_lifeline_close(&worker->report_fd);
         }
         *worker = s->worker[--s->n_workers];
@@ -1194,6 +1249,24 @@ open_server(struct server *s)
     return r;
 }
 
+static void
+close_server(struct server *s)
+{
+    for (unsigned i = 0; i < s->n_workers; i++)
+        afk_lifeline_close(&s->worker[i].report_fd);
+    for (unsigned i = 0; i < s->n_clients; i++) {
+        afk_lifeline_close(&s->client[i]->control);
+        afk_lifeline_close(&s->client[i]->pidfd);
+        free(s->client[i]);
+    }
+    afk_lifeline_close(&s->signals);
+    afk_lifeline_close(&s->taken[0]);
+    afk_os_close(s->taken[1]);
+    afk_lifeline_close(&s->door[0]);
+    afk_os_close(s->door[1]);
+    free(s->worker);
+}
+
 /* Whoever reads what the owner wrote waits for the end of the file. */
 static void
 let_go_of_streams(void)
@@ -1275,7 +1348,7 @@ afk_server_run(const struct afk_server_options *options, afk_fork_standby fork_s
             shrink_idle(s, s->client[i]);
         }
     }
-    free(s->worker);
+    close_server(s);
     return r;
 }
 
@@ -1300,8 +1373,9 @@ is_whole(const struct afk_start_message *head)
                    (uint64_t)head->n_moves * sizeof(int32_t) + n_groups * sizeof(gid_t) +
                    head->cwd_bytes + head->name_bytes;
     return head->magic == AFK_ZYGOTE_MAGIC && head->version == AFK_ZYGOTE_VERSION &&
-           head->n_moves <= AFK_ZYGOTE_FDS_MAX && head->body_bytes < PTRDIFF_MAX && head->env_bytes <= head->body_bytes &&
-           head->pickle_bytes <= head->body_bytes &&
+           head->n_moves <= AFK_ZYGOTE_FDS_MAX && head->cpus_bytes % sizeof(long) == 0 &&
+           head->body_bytes < PTRDIFF_MAX && head->env_bytes <= head->body_bytes &&
+           head->n_env <= head->env_bytes && head->pickle_bytes <= head->body_bytes &&
            sum + head->env_bytes + head->pickle_bytes == head->body_bytes;
 }
 
@@ -1359,6 +1433,14 @@ take_environment(struct afk_setup *setup, char *block, uint64_t size, uint32_t n
     return 0;
 }
 
+static unsigned
+fds_of(const struct afk_start_message *head)
+{
+    return head->n_moves + !!head->has_stream[0] + !!head->has_stream[1] + !!head->has_stream[2] +
+           !!head->has_memfd + !!head->has_cwd + !!head->has_cgroup + !!head->has_cgroup_kill +
+           !!head->has_guard;
+}
+
 /* Puts the descriptors where setup says. Numbers that the worker will use for something
  * else are left by what has come. */
 static int
@@ -1367,6 +1449,8 @@ take_fds(struct afk_start *start, const struct afk_start_message *head, int *fds
 {
     struct afk_setup *setup = &start->setup;
     unsigned at = 0;
+    if (n_fds != fds_of(head))
+        return -EPROTO;
     setup->lowest = 3;
     for (uint32_t i = 0; i < head->n_moves; i++) {
         if (targets[i] < setup->lowest || targets[i] == INT_MAX)
@@ -1378,20 +1462,20 @@ take_fds(struct afk_start *start, const struct afk_start_message *head, int *fds
         if (r < 0)
             return r;
     }
-    for (int i = 0; i < 3 && at < n_fds; i++) {
+    for (int i = 0; i < 3; i++) {
         start->has_stream[i] = head->has_stream[i];
         if (head->has_stream[i])
             setup->move[setup->n_moves++] = (struct afk_fd_move){.from = fds[at++], .to = i};
     }
-    for (uint32_t i = 0; i < head->n_moves && at < n_fds; i++)
+    for (uint32_t i = 0; i < head->n_moves; i++)
         setup->move[setup->n_moves++] = (struct afk_fd_move){.from = fds[at++], .to = targets[i]};
     if (head->has_memfd)
         at++;
-    start->cwd_fd = head->has_cwd && at < n_fds ? fds[at++] : -1;
-    setup->cgroup_procs = head->has_cgroup && at < n_fds ? fds[at++] : -1;
-    setup->cgroup_kill = head->has_cgroup_kill && at < n_fds ? fds[at++] : -1;
-    start->guard_fd = head->has_guard && at < n_fds ? fds[at++] : -1;
-    return at == n_fds ? 0 : -EPROTO;
+    start->cwd_fd = head->has_cwd ? fds[at++] : -1;
+    setup->cgroup_procs = head->has_cgroup ? fds[at++] : -1;
+    setup->cgroup_kill = head->has_cgroup_kill ? fds[at++] : -1;
+    start->guard_fd = head->has_guard ? fds[at++] : -1;
+    return 0;
 }
 
 static int
@@ -1449,6 +1533,16 @@ unpack(struct afk_start *start, const struct afk_start_message *head, int *fds, 
     return r;
 }
 
+/* Its memory; the descriptors are those that have come. */
+static void
+drop_start(struct afk_start *start)
+{
+    start->setup.cgroup_procs = start->setup.cgroup_kill = -1;
+    afk_setup_release(&start->setup);
+    free(start->body);
+    start->body = NULL;
+}
+
 bool
 afk_start_is_confirmed(int fd)
 {
@@ -1477,21 +1571,25 @@ afk_start_receive(int fd, pid_t owner, struct afk_start *start)
     ssize_t n = receive_with_fds(fd, &head, sizeof head, fds, AFK_ZYGOTE_FDS_MAX, &n_fds, &from, 0);
     if (n <= 0)
         return n == -ECONNRESET ? 0 : (int)n;
-    if (n != (ssize_t)sizeof head || !is_whole(&head))
-        return -EPROTO;
-    if (from.pid != owner || from.uid != getuid() || from.gid != getgid())
-        return -EPERM;
+    int r = n != (ssize_t)sizeof head || !is_whole(&head) ? -EPROTO : 0;
+    if (r == 0 && (from.pid != owner || from.uid != getuid() || from.gid != getgid()))
+        r = -EPERM;
     int memfd = -1;
     unsigned streams = 0u + !!head.has_stream[0] + !!head.has_stream[1] + !!head.has_stream[2];
     if (head.has_memfd && streams + head.n_moves < n_fds)
         memfd = fds[streams + head.n_moves];
     head.has_memfd = memfd >= 0;
-    int r = read_body(fd, &head, memfd, &start->body);
+    if (r == 0)
+        r = read_body(fd, &head, memfd, &start->body);
     if (memfd >= 0) {
         fds[streams + head.n_moves] = -1;
         afk_os_close(memfd);
     }
     if (r == 0)
         r = unpack(start, &head, fds, n_fds);
+    if (r < 0) {
+        drop_start(start);
+        close_all(fds, n_fds);
+    }
     return r < 0 ? r : 1;
 }

@@ -219,6 +219,8 @@ start_from_template(struct afk_template *t, struct afk_template_job *jobs, unsig
     int64_t begun = afk_os_now_ns(), deadline = 0, ask_again = 0;
     for (;;) {
         const char *why = NULL;
+        for (unsigned i = 0; i < n; i++)
+            jobs[i].asked = deadline != 0;
         int r = afk_template_start(t, jobs, n, &why, reterr);
         int64_t now = afk_os_now_ns();
         if (r == -EAGAIN && now >= ask_again) {
