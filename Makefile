@@ -6,6 +6,7 @@
 #   make matrix    the tests on every CPython of tools/pythons, and on real hosts
 #                  (THIRDS=1: each test on one release and one debug build)
 #   make sanitize  ASan, UBSan, valgrind, TSan      (SHORT=1: a short form)
+#   make fuzz      libFuzzer over what owner, template and standby receive  (FUZZ_SECONDS=60)
 #   make soak      100,000 forks per CPython, and starts per method (COUNT=n, NAMES="3.14 3.15")
 #   make bench     against os.fork(), interleaved
 #   make clean     .venv and build; the cached CPythons stay (tools/pythons clean)
@@ -15,9 +16,10 @@ COUNT ?= 100000
 NAMES ?=
 EXCEPT ?=
 THIRDS ?=
+FUZZ_SECONDS ?=
 SOURCES := $(shell find src include python -type f) meson.build meson.options pyproject.toml
 
-.PHONY: all demo test matrix sanitize soak bench clean
+.PHONY: all demo test matrix sanitize fuzz soak bench clean
 all: .venv/ready
 
 .venv/ready: $(SOURCES) tools/setup
@@ -35,6 +37,9 @@ matrix:
 
 sanitize:
 	@tools/sanitize $(if $(SHORT),--short)
+
+fuzz: .venv/ready
+	@tools/in env $(if $(FUZZ_SECONDS),FUZZ_SECONDS=$(FUZZ_SECONDS)) tools/fuzz
 
 soak:
 	@tools/soak --count $(COUNT) $(NAMES)
