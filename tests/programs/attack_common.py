@@ -48,6 +48,12 @@ def keeps_descriptors(check: Check) -> Check:
     return check
 
 
+def beside_nothing(check: Check) -> Check:
+    """No busy threads beside this check: a thread of its own has to answer often."""
+    check.beside_nothing = True  # type: ignore[attr-defined]
+    return check
+
+
 def available() -> list[str]:
     """The methods whose targets run in an interpreter that is there: any function of
     these programs will do. The others have test_fresh.py."""
