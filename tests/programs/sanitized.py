@@ -5,7 +5,7 @@ where each call costs ten times as much, so that methods which import everything
 have one round in each interpreter. All answers are checked; nothing may be left. The
 last part starts workers from several threads at once: the hand-offs to the launch pad
 and to the threads that hold a GIL. --brief leaves out what imports everything anew, but for
-exec in main, and has the options of one start for exec and fork only.
+exec and zygote in main, and has the options of one start for these and fork only.
 """
 
 from __future__ import annotations
@@ -35,6 +35,9 @@ LEFT_OUT = {
     ("tsan", "subint_forkserver"): "it gives up a forked child of a process with threads that "
     "starts one itself (dup thread with used id)",
 }
+
+# Of those that import everything anew.
+BRIEF = {"exec", "zygote"}
 
 
 def left_out(what: str) -> bool:
@@ -137,8 +140,8 @@ def slowly(brief: bool) -> None:
     has_process = {row.name for row in anyfork.methods() if row.has_process}
     slow = methods(slow=True)
     if brief:
-        has_process &= {"exec", "fork"}
-        slow = [name for name in slow if name == "exec"]
+        has_process &= {*BRIEF, "fork"}
+        slow = [name for name in slow if name in BRIEF]
     for method in slow:
         spawn_once(method)
     if "exec" in slow:

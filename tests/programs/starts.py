@@ -4,13 +4,15 @@ COUNT starts by one method, a few at a time, and what they leave in the owner; w
 --alive all of them at once, as many as memory allows, and what the last hundred cost
 beside the first. One line of JSON:
 {"method", "starts", "bad", "seconds", "first", "last", "snapshots"}: `first` and `last`
-are medians in µs of the start calls of a tenth of all; snapshots as of leaks.py.
+are medians in µs of the start calls of a tenth of all; snapshots as of leaks.py, for method
+zygote with the template's own memory and descriptors.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import resource
 import statistics
 import time
@@ -22,6 +24,7 @@ import outcomes
 import anyfork
 
 AT_A_TIME = 4
+STANDBYS = 4  # of a template that is busy
 SNAPSHOTS = 10
 WARM_UP = 50
 FDS_PER_WORKER = 4
@@ -56,11 +59,36 @@ def end(child: anyfork.Child, bad: list[str]) -> None:
                 bad.append(f"{child.pid}: {code}")
 
 
+def template() -> dict[str, object]:
+    """Of the default template, once it has all its standbys again, and nothing else."""
+    stats = anyfork.warm().stats()
+    children = f"/proc/{stats.pid}/task/{stats.pid}/children"
+    deadline = time.monotonic() + outcomes.LIMIT
+    while True:
+        with open(children) as f:
+            standbys = len(f.read().split())
+        if standbys == STANDBYS or time.monotonic() > deadline:
+            break
+        time.sleep(0.01)
+    with open(f"/proc/{stats.pid}/statm") as statm:
+        rss_kb = int(statm.read().split()[1]) * os.sysconf("SC_PAGESIZE") // 1024
+    return {
+        "template_made": stats.made,
+        "template_fds": len(os.listdir(f"/proc/{stats.pid}/fd")),
+        "template_children": standbys,
+        "template_rss_kb": rss_kb,
+    }
+
+
+def settled(method: str, before: dict[str, object]) -> dict[str, object]:
+    return leaks.settled(before) | (template() if method == "zygote" else {})
+
+
 def one_after_the_other(method: str, count: int, progress: bool) -> None:
     bad: list[str] = []
     for _ in range(min(WARM_UP, count)):
         end(start(method), bad)
-    first = leaks.settled(leaks.snapshot())
+    first = settled(method, leaks.snapshot())
     snapshots = [first]
     running: deque[anyfork.Child] = deque()
     times: list[float] = []
@@ -74,7 +102,7 @@ def one_after_the_other(method: str, count: int, progress: bool) -> None:
         if n % max(1, count // SNAPSHOTS) == 0:
             while running:
                 end(running.popleft(), bad)
-            snapshots.append(leaks.settled(first))
+            snapshots.append(settled(method, first))
         if progress and (time.monotonic() - told > 1 or n == count):
             told = time.monotonic()
             outcomes.tell_progress(n, count, len(bad), began)
