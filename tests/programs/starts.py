@@ -25,6 +25,7 @@ import anyfork
 
 AT_A_TIME = 4
 STANDBYS = 4  # of a template that is busy
+BETWEEN_LOOKS = 0.05  # more than it takes to make one
 SNAPSHOTS = 10
 WARM_UP = 50
 FDS_PER_WORKER = 4
@@ -60,24 +61,25 @@ def end(child: anyfork.Child, bad: list[str]) -> None:
 
 
 def template() -> dict[str, object]:
-    """Of the default template, once it has all its standbys again, and nothing else."""
+    """Of the default template, once it has all its standbys again, and does nothing."""
     stats = anyfork.warm().stats()
-    children = f"/proc/{stats.pid}/task/{stats.pid}/children"
     deadline = time.monotonic() + outcomes.LIMIT
+    before: dict[str, object] = {}
     while True:
-        with open(children) as f:
+        with open(f"/proc/{stats.pid}/task/{stats.pid}/children") as f:
             standbys = len(f.read().split())
-        if standbys == STANDBYS or time.monotonic() > deadline:
-            break
-        time.sleep(0.01)
-    with open(f"/proc/{stats.pid}/statm") as statm:
-        rss_kb = int(statm.read().split()[1]) * os.sysconf("SC_PAGESIZE") // 1024
-    return {
-        "template_made": stats.made,
-        "template_fds": len(os.listdir(f"/proc/{stats.pid}/fd")),
-        "template_children": standbys,
-        "template_rss_kb": rss_kb,
-    }
+        with open(f"/proc/{stats.pid}/statm") as f:
+            rss_kb = int(f.read().split()[1]) * os.sysconf("SC_PAGESIZE") // 1024
+        now: dict[str, object] = {
+            "template_made": stats.made,
+            "template_fds": len(os.listdir(f"/proc/{stats.pid}/fd")),
+            "template_children": standbys,
+            "template_rss_kb": rss_kb,
+        }
+        if (standbys == STANDBYS and now == before) or time.monotonic() > deadline:
+            return now
+        before = now
+        time.sleep(BETWEEN_LOOKS)
 
 
 def settled(method: str, before: dict[str, object]) -> dict[str, object]:
