@@ -25,15 +25,12 @@ CALLS_OF_A_START = 45  # of a standby that waited; some more than it has
 TRIES = 60  # of the calls in which a template is made
 
 
-def give(value: int) -> int:
-    return value
-
-
 def start(template: anyfork.Template, value: int) -> str:
-    """The answer, or the error's name; in time."""
+    """The answer, or the error's name; in time. Of a target that imports nothing, so that the
+    calls are those of the start."""
     began = time.monotonic()
     try:
-        same(template.run(give, value), value)
+        same(template.run(abs, value), value)
         came = "answer"
     except (anyfork.SpawnError, anyfork.WorkerDied) as exc:
         came = type(exc).__name__
@@ -60,7 +57,7 @@ def at_each_call(one_try: Callable[[int], bool], last: int, step: int = 1) -> No
         killed += 1
     else:
         assert step > 1 or last < CALLS_MAX, f"still killed at call {last}"
-    assert killed > 15, f"only {killed} were killed"
+    assert killed > 10, f"only {killed} were killed"
 
 
 def skipped() -> bool:
@@ -138,7 +135,7 @@ def check_a_standby_killed_at_each_call(place: str) -> None:
         return
     came: set[str] = set()
     with watched((0, 0)) as (template, watch):
-        same(template.run(give, 0), 0)
+        same(template.run(abs, 0), 0)
 
         def one_try(nth: int) -> bool:
             watch.arm(nth, of_template=False)
@@ -167,7 +164,7 @@ def check_a_worker_killed_at_each_call(place: str) -> None:
             assert pid is not None
             until(watch.is_quiet, "a standby that waits")
             watch.arm(nth, of_template=False)
-            with template.spawn(give, nth) as child:
+            with template.spawn(abs, nth) as child:
                 code = child.wait(LIMIT)
             # It may have been its successor, whose calls count as well.
             expected = {0, -signal.SIGKILL} if watch.killed else {0}
@@ -208,7 +205,7 @@ def check_a_reset_that_raises(place: str) -> None:
             if late:
                 thread.start()
             began = time.monotonic()
-            exc = raises(anyfork.SpawnError, template.run, give, 1)
+            exc = raises(anyfork.SpawnError, template.run, abs, 1)
             same(exc.stage, "prelude")
             assert "no reset today" in str(exc), exc
             assert time.monotonic() - began < SOON

@@ -16,7 +16,9 @@ import os
 import resource
 import statistics
 import time
+from array import array
 from collections import deque
+from collections.abc import Sequence
 
 import leaks
 import outcomes
@@ -93,7 +95,7 @@ def one_after_the_other(method: str, count: int, progress: bool) -> None:
     first = settled(method, leaks.snapshot())
     snapshots = [first]
     running: deque[anyfork.Child] = deque()
-    times: list[float] = []
+    times = array("d")  # small beside what is looked for
     began = told = time.monotonic()
     for n in range(1, count + 1):
         before = time.perf_counter()
@@ -128,7 +130,7 @@ def all_at_once(method: str, count: int) -> None:
     bad: list[str] = []
     end(start(method), bad)
     first = leaks.settled(leaks.snapshot())
-    times: list[float] = []
+    times = array("d")  # small beside what is looked for
     began = time.monotonic()
     with contextlib.ExitStack() as stack:
         workers = []
@@ -149,7 +151,7 @@ def tell(
     starts: int,
     bad: list[str],
     began: float,
-    times: list[float],
+    times: Sequence[float],
     snapshots: list[dict[str, object]],
 ) -> None:
     tenth = max(1, len(times) // 10)
