@@ -787,8 +787,11 @@ check_the_rest(struct afk_template *t, const struct afk_identity *seen, const ch
     if (r < 0)
         return AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_TEMPLATE, -r,
                         "/proc cannot be read, which says what this process may do");
-    *ret_why = afk_identity_difference(&t->identity, &identity);
-    return *ret_why != NULL ? -ESTALE : 0;
+    const char *why = afk_identity_difference(&t->identity, &identity);
+    if (why == NULL)
+        return 0; /* and another reason stays */
+    *ret_why = why;
+    return -ESTALE;
 }
 
 /* Until then it runs nothing of the user's. 0; or -EAGAIN: it has ended, and has not even an
