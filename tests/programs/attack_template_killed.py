@@ -15,13 +15,14 @@ from collections.abc import Callable
 from functools import partial
 
 from attack_common import LIMIT, beside_nothing, places, raises, same, until
+from attack_template import children_of
 from syscalls import watched, why_not
 
 import anyfork
 
 SOON = 10.0  # seconds for a start; a second of them is that in which a standby is asked for again
 CALLS_MAX = 1000  # of a standby; and of a template, from one start on
-CALLS_OF_A_START = 45  # of a standby that waited; some more than it has
+CALLS_OF_A_START = 80  # of a standby that waited; more than it has
 TRIES = 60  # of the calls in which a template is made
 
 
@@ -162,7 +163,7 @@ def check_a_worker_killed_at_each_call(place: str) -> None:
         def one_try(nth: int) -> bool:
             pid = template.stats().pid
             assert pid is not None
-            until(watch.is_quiet, "a standby that waits")
+            until(lambda: children_of(pid) and watch.is_quiet(), "a standby that waits")
             watch.arm(nth, of_template=False)
             with template.spawn(abs, nth) as child:
                 code = child.wait(LIMIT)

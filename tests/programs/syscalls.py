@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import os
 import select
@@ -105,6 +106,9 @@ class Watch(threading.Thread):
                     return fd
                 if fd >= 0:
                     os.close(fd)
+                elif ctypes.get_errno() == errno.EPERM:  # it would wait for ever
+                    os.kill(self.template, signal.SIGKILL)
+                    return -1
         return -1
 
     def _listen(self, fd: int) -> None:
