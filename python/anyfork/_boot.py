@@ -259,20 +259,32 @@ def begin(streams: int, interruptible: bool) -> None:
 def _open_stream(number: int, name: str) -> None:
     """A standard stream that is another file than the owner's: what the owner has put
     in its place, a test's capture say, is not the worker's."""
-    old = getattr(sys, f"__{name}__", None)
-    _kept.append((old, getattr(sys, name, None)))
-    mode = "r" if number == 0 else "w"
-    stream = open(  # noqa: SIM115
-        number,
-        mode,
-        encoding=getattr(old, "encoding", None),
-        errors=getattr(old, "errors", None) or ("backslashreplace" if number == 2 else None),
-        closefd=False,
-    )
-    if number > 0 and isinstance(stream, io.TextIOWrapper):
-        stream.reconfigure(line_buffering=number == 2 or stream.isatty())
+    _kept.append((getattr(sys, f"__{name}__", None), getattr(sys, name, None)))
+    stream = new_stream(number, name)
     setattr(sys, f"__{name}__", stream)
     setattr(sys, name, stream)
+
+
+def new_stream(number: int, name: str, unbuffered: bool = False) -> Any:
+    """A standard stream as create_stdio() of CPython's pylifecycle.c makes it."""
+    old = getattr(sys, f"__{name}__", None)
+    writes = number > 0
+    direct = unbuffered and writes
+    buffer: Any = open(  # noqa: SIM115
+        number, "wb" if writes else "rb", buffering=0 if direct else -1, closefd=False
+    )
+    raw = buffer if direct else buffer.raw
+    raw.name = f"<{name}>"
+    stream: Any = io.TextIOWrapper(
+        buffer,
+        encoding=getattr(old, "encoding", None),
+        errors=getattr(old, "errors", None) or ("backslashreplace" if number == 2 else None),
+        newline="\n",
+        line_buffering=not direct and (number == 2 or raw.isatty()),
+        write_through=direct,
+    )
+    stream.mode = "w" if writes else "r"
+    return stream
 
 
 _renewed: set[int] = set()
@@ -391,11 +403,21 @@ def _reset_multiprocessing() -> None:
 
 
 def set_environment(entries: list[bytes]) -> None:
-    """The whole environment of this start, ``NAME=value`` each."""
-    os.environb.clear()
+    """The whole environment of this start, ``NAME=value`` each. Most of it is there."""
+    wanted = {}
     for entry in entries:
         name, _equals, value = entry.partition(b"=")
         if name:  # some programs are given "=x"
+            wanted[name] = value
+    there: Any = getattr(os.environb, "_data", None)  # as bytes: items() makes them all anew
+    if there is None:
+        there = dict(os.environb)
+    if there == wanted:
+        return
+    for name in there.keys() - wanted.keys():
+        del os.environb[name]
+    for name, value in wanted.items():
+        if there.get(name) != value:
             os.environb[name] = value
 
 
