@@ -90,6 +90,9 @@ def holds(fd: int, /) -> bool:
 def stream_is_open(number: int, /) -> bool:
     """Whether that standard stream is open, and not the number of a descriptor of ours."""
 
+def stamp(paths: tuple[bytes, ...], /) -> int:
+    """A number that is another one once one of the files is."""
+
 def set_title(title: str, /) -> None:
     """What ps shows of this process."""
 

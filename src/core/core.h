@@ -56,6 +56,8 @@ int afk_os_openpty(int *ret_master, int *ret_slave);
 /* Always close-on-exec. `dir` as of openat(2). */
 int afk_os_open(int dir, const char *path, int flags, unsigned mode);
 bool afk_os_fd_is_open(int fd);
+/* A number that is another one once the file is: of its place, size and dates. */
+uint64_t afk_os_stamp(uint64_t seed, const char *path);
 bool afk_os_is_cgroup2(int fd);
 /* Root of the initial user namespace, whose signals reach every user's processes. */
 bool afk_os_is_true_root(void);

@@ -180,6 +180,22 @@ afk_os_fd_is_open(int fd)
     return fcntl(fd, F_GETFD) >= 0;
 }
 
+uint64_t
+afk_os_stamp(uint64_t seed, const char *path)
+{
+    struct stat st;
+    if (stat(path, &st) < 0)
+        memset(&st, 0, sizeof st);
+    const uint64_t words[] = {st.st_dev, st.st_ino, (uint64_t)st.st_size,
+                              (uint64_t)st.st_mtim.tv_sec, (uint64_t)st.st_mtim.tv_nsec,
+                              (uint64_t)st.st_ctim.tv_sec, (uint64_t)st.st_ctim.tv_nsec};
+    for (unsigned i = 0; i < sizeof words / sizeof *words; i++) {
+        seed = (seed ^ words[i]) * 0xff51afd7ed558ccdull; /* odd: nothing of it is lost */
+        seed ^= seed >> 32;
+    }
+    return seed;
+}
+
 bool
 afk_os_is_cgroup2(int fd)
 {

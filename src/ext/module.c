@@ -239,6 +239,23 @@ ext_holds(PyObject *Py_UNUSED(module), PyObject *number)
     return PyBool_FromLong(afk_lifeline_holds(fd));
 }
 
+/* stamp(paths): a number that is another one once one of the files is. */
+static PyObject *
+ext_stamp(PyObject *Py_UNUSED(module), PyObject *args)
+{
+    PyObject *paths;
+    uint64_t stamp = 0;
+    if (!PyArg_ParseTuple(args, "O!:stamp", &PyTuple_Type, &paths))
+        return NULL;
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(paths); i++) {
+        const char *path = PyBytes_AsString(PyTuple_GET_ITEM(paths, i));
+        if (path == NULL)
+            return NULL;
+        stamp = afk_os_stamp(stamp, path);
+    }
+    return PyLong_FromUnsignedLongLong(stamp);
+}
+
 /* set_title(text): what ps shows of this process. */
 static PyObject *
 ext_set_title(PyObject *Py_UNUSED(module), PyObject *title)
@@ -482,6 +499,7 @@ static PyMethodDef functions[] = {
     {"serve", ext_serve, METH_VARARGS, NULL},
     {"stream_is_open", ext_stream_is_open, METH_O, NULL},
     {"holds", ext_holds, METH_O, NULL},
+    {"stamp", ext_stamp, METH_VARARGS, NULL},
     {"set_title", ext_set_title, METH_O, NULL},
     {"cuda_state", ext_cuda_state, METH_O, NULL},
     {"fork_hooks", ext_fork_hooks, METH_NOARGS, NULL},
