@@ -181,6 +181,20 @@ def _demo(args: argparse.Namespace) -> int:
     return _demo.command(args.path, args.workers, args.json, args.method)
 
 
+def _serve(args: argparse.Namespace) -> int:
+    from . import _serve
+
+    if args.status:
+        return _serve.command(lambda: _serve.status(args.name, args.json))
+    if args.stop:
+        return _serve.command(lambda: _serve.stop(args.name))
+    preload = tuple(name for words in args.preload for name in words.split(",") if name)
+    config = _serve.Config(args.name, preload, args.idle, args.audit)
+    if args.detach:
+        return _serve.command(lambda: _serve.detach(config))
+    return _serve.command(lambda: _serve.serve(config, args.ready_fd))
+
+
 # ---- arguments --------------------------------------------------------------------------------
 
 
@@ -192,6 +206,25 @@ def _workers(text: str) -> int:
     if not 1 <= n <= 1000:
         raise argparse.ArgumentTypeError(f"must be from 1 to 1000, not {n}")
     return n
+
+
+def _name(text: str) -> str:
+    from . import _serve
+
+    try:
+        return _serve.check_name(text)
+    except ValueError as exc:
+        raise argparse.ArgumentTypeError(str(exc)) from None
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"not a number: {text!r}") from None
+    if not 0 <= seconds <= 1e9:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 1e9, not {text}")
+    return seconds
 
 
 _METHODS = """\
@@ -229,6 +262,19 @@ Exit status: 0 if every outcome is the expected one (skips are named), 1 if one
              trio and there is none: pip install 'anyfork[demo]'
 Example:     anyfork smoketest --scenario subint_fork_twice
 See also:    anyfork methods, for what can be used here
+"""
+_SERVE = """\
+Keep an interpreter warm for the command line: import modules once, and start
+the programs of `anyfork-run` in workers that have them already. They run as if
+started directly: streams, environment, directory, limits, signals, exit status.
+"""
+_SERVE_END = """\
+Exit status: 0 once it was stopped, or nobody has used it for SECONDS; with
+             --detach once it listens; 1 if it cannot listen or load, or if
+             none runs that could be shown or stopped; 2 on wrong usage.
+Example:     anyfork serve --detach --preload numpy,pandas
+             anyfork-run -c 'import numpy; print(numpy.__version__)'
+See also:    anyfork doctor --template MODULE..., for what can be preloaded
 """
 _DEMO = """\
 Do real work in workers of every method: with trio running in the main
@@ -283,6 +329,31 @@ def _parser() -> argparse.ArgumentParser:
         help="only this one (may be given again; default: all)",
     )
     sub.add_argument("--list", action="store_true", help="list the scenarios, run none")
+    sub = add("serve", "a warm interpreter for anyfork-run", _SERVE, _SERVE_END, _serve)
+    sub.add_argument(
+        "--preload", action="append", default=[], metavar="MODULE,...",
+        help="what is imported ahead (may be given again)",
+    )
+    sub.add_argument(
+        "--name", type=_name, default="default", help="which server (default: default)"
+    )
+    sub.add_argument(
+        "--idle", type=_seconds, default=3600.0, metavar="SECONDS",
+        help="end when nobody has used it for so long (default: 3600; 0: never)",
+    )
+    sub.add_argument(
+        "--audit", choices=("refuse", "warn"), default="refuse",
+        help="what is done about threads and sockets of what it preloads (default: refuse)",
+    )
+    what = sub.add_mutually_exclusive_group()
+    what.add_argument(
+        "--detach", action="store_true", help="return once it listens, and leave it running"
+    )
+    what.add_argument("--status", action="store_true", help="show the server that runs")
+    what.add_argument(
+        "--stop", action="store_true", help="stop it, and the programs that it runs"
+    )
+    sub.add_argument("--ready-fd", type=int, default=-1, help=argparse.SUPPRESS)
     sub = add("demo", "real work in workers of every method", _DEMO, _DEMO_END, _demo)
     sub.add_argument(
         "path", nargs="?", metavar="PATH",

@@ -12,7 +12,7 @@ import pytest
 
 from anyfork import _anyfork, _cli, _console, _doctor
 
-COMMANDS = ("methods", "doctor", "smoketest", "demo")
+COMMANDS = ("methods", "doctor", "smoketest", "serve", "demo")
 FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 TIMEOUT = 300
 
@@ -62,6 +62,9 @@ def test_python_m_anyfork_is_the_command():
         (["doctor", "nosuch"], "unrecognized arguments"),
         (["demo", "--workers", "0"], "must be from 1 to 1000"),
         (["demo", "--workers", "x"], "not a number"),
+        (["serve", "--idle", "-1"], "must be from 0 to 1e9"),
+        (["serve", "--name", "a/b"], "a name has letters"),
+        (["serve", "--stop", "--status"], "not allowed with"),
     ],
 )
 def test_wrong_usage_is_exit_status_2_and_one_clear_line(args, says):
