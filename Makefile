@@ -50,6 +50,7 @@ bench: .venv/ready
 	@tools/in python bench/bench_methods.py
 	@tools/in python bench/bench_lifeline.py
 	@tools/in python bench/bench_zygote.py
+	@tools/in python bench/bench_run.py
 
 clean:
 	rm -rf .venv build
