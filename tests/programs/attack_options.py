@@ -456,10 +456,10 @@ def check_nothing_else_is_inherited(place: str) -> None:
             if method == "exec":  # its report socket alone; and 3.15 opens libffi itself
                 left = sorted(fd for fd, path in there.items() if fd > 2 and ".so" not in path)
                 same((method, left), (method, [3]))
-            elif method == "zygote":  # nothing of the template: report socket and lifeline
+            elif method == "zygote":  # report socket, lifeline, and the default template's door
                 paths = [path for fd, path in there.items() if fd > 2 and ".so" not in path]
                 left = sorted(path.partition(":")[0] for path in paths)
-                same((method, left), (method, ["pipe", "socket"]))
+                same((method, left), (method, ["pipe", "socket", "socket"]))
             else:
                 same((method, there[secret.fileno()]), (method, "/"))
             closed = anyfork.run(open_here, method=method, fd_policy="close")

@@ -356,6 +356,7 @@ def refused_fork(kind: str) -> None:
     anyfork.run(nothing, method="subint_fork")  # imports what a start needs
     for each in ("_errors", "_boot"):
         made.run(f"import anyfork.{each}")
+    made.run("anyfork._boot.load_needed()")
     os.setuid(65534)  # root has no such limit
     made.run("twin_cases.sub_refused_fork()", "thread")
 
