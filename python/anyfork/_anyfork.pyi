@@ -80,7 +80,7 @@ def begin_template(control: int, capabilities: tuple[int, int, int], /) -> None:
     """Be a template-to-be: with no more capabilities than these, and nobody else has its socket."""
 
 def serve(
-    control: int, owner: int, low: int, high: int, idle: float, shared: bool, /
+    control: int, owner: int, low: int, high: int, idle: float, shared: bool, siblings: bool, /
 ) -> None:
     """Be a template: until its owner has gone and all workers have ended."""
 
@@ -99,6 +99,9 @@ def set_title(title: str, /) -> None:
 @final
 class Template:
     """The owner's end of a template; it closes with the object."""
+
+    def __init__(self, siblings: bool, /) -> None:
+        """``siblings``: its standbys are children of this process."""
 
     def fileno(self) -> int:
         """Readable when the template has said something; -1 in a forked child."""
@@ -119,6 +122,9 @@ class Template:
 
     def close(self) -> None:
         """Only while no other thread uses it."""
+
+    def shutdown(self) -> None:
+        """Have no more standbys made. Safe while other threads start with it."""
 
     def counts(self) -> tuple[int, int]:
         """Starts, and how many of them found no standby ready."""

@@ -71,10 +71,10 @@ class Stats(NamedTuple):
 
     starts: workers. missed: starts that had to wait for a standby. made: how often its
     process was made. pid: of the process now; None: there is none. standbys, workers: its
-    children now. call: seconds that the last starts, 256 at most, took their callers:
-    (median, 99th percentile); None: there was none. pss: kB of memory, of the process with its
-    standbys and workers, what they share counted once (proc_pid_smaps(5)); None: not readable,
-    which takes CAP_SYS_PTRACE (docs/security.md).
+    children now (of ``parent="owner"``: workers without a name of their own). call: seconds
+    that the last starts, 256 at most, took their callers: (median, 99th percentile); None:
+    there was none. pss: kB of memory, of the process with its standbys and workers, what they
+    share counted once (proc_pid_smaps(5)); None: not readable, as without CAP_SYS_PTRACE.
     late: modules that workers, whose result was asked for, had to import themselves: candidates
     for ``preload``.
     """
@@ -112,6 +112,10 @@ class Template:
       on_error: what is done about a preload that cannot be imported: "raise", "warn" on
         standard error and go on, or "ignore" it. Workers import it themselves then, and
         get the error if they do.
+      parent: "owner": workers are this process's children, and so is the template, for
+        :func:`os.getppid`, ps and psutil; then whoever waits for all children of this process
+        meets them, and standbys that have expired are zombies until the next start. Fork
+        handlers of C libraries, pthread_atfork(3), are not called in workers then.
 
     Its process is made by the first start, or by :meth:`warm`; and made again, of the same
     modules, by the first start after it has died, or after this process has changed its
@@ -134,6 +138,7 @@ class Template:
         timeout: float = 120.0,
         audit: Literal["refuse", "warn"] = "refuse",
         on_error: Literal["raise", "warn", "ignore"] = "raise",
+        parent: Literal["template", "owner"] = "template",
     ) -> None:
         if isinstance(preload, str):
             raise TypeError(f"preload: names of modules are wanted: [{preload!r}]")
@@ -156,6 +161,9 @@ class Template:
             )
         self._audit = audit
         self._on_error = on_error
+        if parent not in ("template", "owner"):
+            raise ValueError(f"parent: 'template' or 'owner' is wanted, not {parent!r}")
+        self._siblings = parent == "owner"
         self._standby = (low, high)
         self._idle = min(float(idle), _LONG)
         self._timeout = min(float(timeout), _LONG)
@@ -180,7 +188,8 @@ class Template:
         on_error: Literal["raise", "warn", "ignore"] = "raise",
     ) -> Template:
         """A template that begins with what this one has loaded: its process is forked from
-        this one's, and shares that memory. Arguments as of :class:`Template`."""
+        this one's, and shares that memory. Arguments as of :class:`Template`, whose ``parent``
+        is this one's."""
         return _Branch(
             self,
             preload,
@@ -190,6 +199,7 @@ class Template:
             timeout=timeout,
             audit=audit,
             on_error=on_error,
+            parent="owner" if self._siblings else "template",
         )
 
     # ---- making it ----------------------------------------------------------------
@@ -236,12 +246,12 @@ class Template:
             _zygote.serve,
             (*args, self._shared, _loads(self._specs())),
             options,
-            template=True,
+            template=not self._siblings,  # else it is our child, as they are
             cls=_Process,
         )
 
     def _make(self, standby: tuple[int, int] | None = None) -> _Made:
-        link = _anyfork.Template()
+        link = _anyfork.Template(self._siblings)
         found, argv = list(sys.path), list(sys.argv)
         path = _pickling.search_path()
         options: Options = {
@@ -261,6 +271,7 @@ class Template:
                 self._idle,
                 self._audit,
                 self._on_error,
+                self._siblings,
             )
             process = self._begin(args, options)
         finally:
@@ -314,10 +325,17 @@ class Template:
             if made.owner == os.getpid():
                 starts, missed = made.link.counts()
                 self._before = (self._before[0] + starts, self._before[1] + missed)
-        if made.owner == os.getpid():
+        if made.owner != os.getpid():
+            return
+        if self._siblings and isinstance(made.process, _Process):
+            # It tells nobody's end, so that nothing keeps it; and it is our child.
+            made.link.shutdown()
+            with contextlib.suppress(TimeoutError, WorkerDied, SpawnError):
+                made.process.wait(_DEATH_TIMEOUT)
+        else:
             with contextlib.suppress(SpawnError):
                 made.process.detach()
-            made.process.close()
+        made.process.close()
 
     # ---- using it -------------------------------------------------------------------
 
@@ -426,7 +444,9 @@ class Template:
         more, more_missed = made.link.counts()
         alive = made.process.pid is not None and made.process.is_alive()
         pid = made.process.pid if alive else None
-        standbys, workers, pss = _family(pid) if pid is not None else (0, 0, None)
+        standbys, workers, pss = 0, 0, None
+        if pid is not None:
+            standbys, workers, pss = _family(pid, self._siblings)
         return Stats(
             starts + more,
             missed + more_missed,
@@ -490,7 +510,7 @@ class _Default(Template):
         if self._alone or standby is not None:
             return super()._make(standby)
         self._alone = True  # once it has gone, or must not serve this process any more
-        link = _anyfork.Template()
+        link = _anyfork.Template(False)
         try:
             if link.attach():
                 link.drop_server_end()
@@ -507,23 +527,28 @@ class _Default(Template):
 class _Branch(Template):
     """A template whose process is a worker of another template."""
 
-    def __init__(self, parent: Template, preload: Iterable[str], **arguments: Any) -> None:
+    def __init__(self, root: Template, preload: Iterable[str], **arguments: Any) -> None:
         super().__init__(preload, **arguments)
-        self._parent = parent
+        self._root = root
 
     def _specs(self) -> tuple[_Spec, ...]:
-        return (*self._parent._specs(), self._spec)
+        return (*self._root._specs(), self._spec)
 
     def _begin(self, args: tuple[object, ...], options: Options) -> Child:
         prepared = _options.prepare(METHOD, options)
-        return self._parent.start(
+        return self._root.start(
             _zygote.serve, (*args, False, _loads((self._spec,))), prepared, cls=_Process
         )
 
     def _start_fresh(
         self, fn: Callable[..., object], args: tuple[object, ...], options: dict[str, Any]
     ) -> Child:
-        whole = Template(timeout=self._timeout, audit=self._audit, on_error=self._on_error)
+        whole = Template(
+            timeout=self._timeout,
+            audit=self._audit,
+            on_error=self._on_error,
+            parent="owner" if self._siblings else "template",
+        )
         whole._specs = self._specs  # type: ignore[method-assign]
         with contextlib.closing(whole):
             return whole._start_fresh(fn, args, options)
@@ -577,6 +602,7 @@ def snapshot(
     idle: float = 60.0,
     timeout: float = 120.0,
     audit: Literal["refuse", "warn"] = "refuse",
+    parent: Literal["template", "owner"] = "template",
 ) -> Template:
     """A template of this program as it is now: its workers find all modules, objects and state
     of this moment, and nothing of that is pickled or imported.
@@ -598,7 +624,9 @@ def snapshot(
             "a snapshot can be taken in the main interpreter only; Template() in any",
         )
     _zygote.judge(_audit.findings(frozenset()), audit)
-    return _Snapshot(standby=standby, idle=idle, timeout=timeout, audit=audit).warm()
+    return _Snapshot(
+        standby=standby, idle=idle, timeout=timeout, audit=audit, parent=parent
+    ).warm()
 
 
 def _loads(specs: tuple[_Spec, ...]) -> tuple[tuple[tuple[str, ...], bytes | None], ...]:
@@ -623,32 +651,47 @@ def _whole(made: _Made, data: bytes, main: tuple[str, str, bool] | None) -> byte
     return pickle.dumps((path, argv, main, data), protocol=5)
 
 
-def _family(pid: int) -> tuple[int, int, int | None]:
-    """Standbys and workers of a template, and the memory of them all."""
-    standbys = workers = 0
-    pss: int | None = None
+def _children(pid: str) -> list[str]:
+    """Of all threads of a process, as the kernel lists them."""
+    found: list[str] = []
+    with contextlib.suppress(OSError):
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{task}/children") as f:
+                found += f.read().split()
+    return found
+
+
+def _comm(pid: str) -> str | None:
+    """What ps shows of a process; None: it has ended."""
     try:
-        with open(f"/proc/{pid}/task/{pid}/children") as f:
-            pids = f.read().split()
+        with open(f"/proc/{pid}/stat") as f:
+            left, _, right = f.read().rpartition(")")
     except OSError:
-        return 0, 0, None
-    for one in pids:
-        try:
-            with open(f"/proc/{one}/comm") as f:
-                standby = f.read().startswith("anyfork standby")
-        except OSError:  # it has ended
-            continue
-        standbys += standby
-        workers += not standby
-    for one in (str(pid), *pids):
+        return None
+    return left.partition("(")[2] if right.split()[0] not in "ZX" else None
+
+
+def _family(pid: int, siblings: bool) -> tuple[int, int, int | None]:
+    """Standbys and workers of a template, and the memory of them all. Siblings are known by
+    their names: workers that were given one are not."""
+    names = {one: _comm(one) for one in _children("self" if siblings else str(pid))}
+    standbys = [one for one, name in names.items() if name == "anyfork standby"]
+    workers = [
+        one
+        for one, name in names.items()
+        if name not in (None, "anyfork standby") and (name == "anyfork worker" or not siblings)
+    ]
+    pss: int | None = None
+    for one in (str(pid), *standbys, *workers):
         try:
             with open(f"/proc/{one}/smaps_rollup") as f:
                 pss = (pss or 0) + next(int(line.split()[1]) for line in f if line[:4] == "Pss:")
         except PermissionError:  # those that are not dumpable: a part would mislead
-            return standbys, workers, None
+            pss = None
+            break
         except OSError:  # it has ended
             continue
-    return standbys, workers, pss
+    return len(standbys), len(workers), pss
 
 
 def _percentiles(calls: list[int]) -> tuple[float, float] | None:

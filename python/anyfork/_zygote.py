@@ -61,12 +61,14 @@ def serve(
     idle: float,
     audit: str,
     on_error: str,
+    siblings: bool,
     shared: bool,
     loads: tuple[tuple[tuple[str, ...], bytes | None], ...],
 ) -> None:
     """The main program of a template; it returns once its owner and its workers have gone.
 
-    ``shared``: its workers can start workers with it. ``loads``: (modules, a setup function for
+    ``siblings``: its workers are children of its parent. ``shared``: they can start workers with
+    it. ``loads``: (modules, a setup function for
     _boot.load()), in their order; none: a snapshot. Nothing is collected while modules are
     loaded, and what they have made is frozen: a collection in a worker would copy all of it.
     """
@@ -91,4 +93,4 @@ def serve(
     low, high = standby
     global path, argv
     path, argv = list(sys.path), list(sys.argv)
-    _anyfork.serve(control, owner, low, high, idle, shared)
+    _anyfork.serve(control, owner, low, high, idle, shared, siblings)

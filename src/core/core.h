@@ -138,6 +138,10 @@ int afk_lifeline_register(int fd, bool is_write_end);
  * system calls, nothing that forks, and not afk_lifeline_close(). */
 bool afk_lifeline_begin(void);
 void afk_lifeline_end(bool begun);
+/* Our fork handlers, pthread_atfork(3), for a fork that runs none. */
+void afk_lifeline_before_fork(void);
+void afk_lifeline_after_fork_in_parent(void);
+void afk_lifeline_after_fork_in_child(void);
 /* The calling thread's next fork is the start of the worker that these are for: it keeps
  * them. n = 0: none, as before. */
 void afk_lifeline_spare(const int *fds, unsigned n);
@@ -258,6 +262,7 @@ struct afk_plan {
     unsigned n_keep;
     struct anyfork_error *failure; /* where a child that shares our memory says why it ended */
     bool began;           /* written by a child that shares our memory: it runs */
+    int *ret_sibling;     /* not NULL: the child is our parent's child; the pidfd goes there */
     bool owner_holds_us;  /* in the child: nobody frees our number before the owner knows it */
     sigset_t caller_mask; /* filled by afk_fork() */
     sigset_t was_reset;   /* filled in the child: signals that were reset to SIG_DFL */
@@ -266,6 +271,9 @@ void afk_plan_init(struct afk_plan *plan);
 /* Returns 0 or -ENOSPC. */
 int afk_plan_store(struct afk_plan *plan, void *addr, void *value);
 
+/* Whether this process can fork children of its parent's, which has to be asked once, before
+ * other threads are made: 0; or -ENOSYS, for a libc that is not understood; or what fork(2) says. */
+int afk_fork_sibling_prepare(void);
 /* fork(2) with all signals blocked; the child has carried out the plan when 0
  * is returned. A negative errno means that there is no child. */
 pid_t afk_fork(struct afk_plan *plan);
@@ -318,7 +326,7 @@ void afk_child_unref(struct anyfork_child *child);
 /* The handle of a standby that a template has offered: all that is in `fds` (see zygote.h), and in the
  * table above, is its own from here on, or closed. */
 int afk_child_new_offered(struct anyfork_child **ret_child, pid_t pid, const int *fds,
-                          struct anyfork_error *reterr);
+                          bool is_our_child,                           struct anyfork_error *reterr);
 /* A forked child arms its lifeline, or lets go of it, before it reads our byte: what disarms
  * it has to come after. Bounded, for it may be stopped. */
 void afk_child_await_armed(struct anyfork_child *child);
@@ -421,9 +429,12 @@ const char *afk_identity_difference(const struct afk_identity *a, const struct a
 /* A template, as its owner holds it. Of the process that made it: in a forked child every
  * call finds it gone. Any thread. */
 struct afk_template;
-/* *ret_server_end goes to the template-to-be, and is closed by the caller. */
-int afk_template_new(struct afk_template **ret_template, int *ret_server_end,
+/* *ret_server_end goes to the template-to-be, and is closed by the caller. `siblings`: as of
+ * struct afk_server_options. */
+int afk_template_new(struct afk_template **ret_template, bool siblings, int *ret_server_end,
                      struct anyfork_error *reterr);
+/* It makes no more standbys; those that it has offered can still be started. */
+void afk_template_shutdown(struct afk_template *template);
 /* Its descriptors, while no other thread uses it: what it has offered ends with them. */
 void afk_template_close(struct afk_template *template);
 void afk_template_free(struct afk_template *template); /* closes it too */
@@ -470,6 +481,7 @@ struct afk_server_options {
     unsigned low, high; /* standbys: kept when idle, kept when busy */
     int64_t idle_ns;    /* without a start, before only `low` are kept */
     bool shared;        /* its workers can start workers with it, while they may do what it may */
+    bool siblings;      /* they are children of the owner's, as the template is */
 };
 /* What a new standby has, in the process that the callback forked. */
 struct afk_standby {
@@ -479,8 +491,9 @@ struct afk_standby {
     pid_t owner;  /* who alone can start it */
     int dumpable; /* what its worker is, PR_SET_DUMPABLE(2const) */
 };
-/* fork(2) into a standby: its pid, or a negative errno; in the child it never returns. */
-typedef pid_t (*afk_fork_standby)(void *arg, const struct afk_standby *standby);
+/* fork(2) into a standby: its pid, or a negative errno; in the child it never returns. Of a
+ * sibling its pidfd too, else -1. */
+typedef pid_t (*afk_fork_standby)(void *arg, const struct afk_standby *standby, int *ret_pidfd);
 /* `wait`: poll(2) as the caller wants it to be done. Serves until the owner has closed its
  * end, or has died, and all workers have ended. 0 or a negative errno. */
 int afk_server_run(const struct afk_server_options *options, afk_fork_standby fork_standby,

@@ -40,6 +40,7 @@ afk_plan_init(struct afk_plan *plan)
     plan->keep = NULL;
     plan->n_keep = 0;
     plan->failure = NULL;
+    plan->ret_sibling = NULL;
     plan->owner_holds_us = false;
     plan->began = false;
 }
@@ -51,6 +52,72 @@ afk_plan_store(struct afk_plan *plan, void *addr, void *value)
         return -ENOSPC;
     plan->store[plan->n_stores++] = (struct afk_store){addr, value};
     return 0;
+}
+
+/* ---- a child of our parent's -------------------------------------------------------- */
+
+/* What fork(2) of the libc does for the child beside the system call, as far as a process with
+ * one thread needs it: its thread's number, which the kernel writes where the libc keeps it, and
+ * the list of its robust mutexes. Handlers of pthread_atfork(3) but our own are not called. */
+
+#define TID_WITHIN 1024 /* bytes of the thread's descriptor */
+
+static int tid_offset = -1;
+
+/* Where the libc's own fork(2) writes the number of the child: what equals ours before, and
+ * equals the child's in the child. */
+int
+afk_fork_sibling_prepare(void)
+{
+    const char *self = (const char *)(uintptr_t)pthread_self();
+    const pid_t ours = (pid_t)syscall(SYS_gettid);
+    int candidate[8], n = 0, status = 0;
+    for (int at = 0; at < TID_WITHIN && n < 8; at += (int)sizeof ours)
+        if (memcmp(self + at, &ours, sizeof ours) == 0)
+            candidate[n++] = at;
+    pid_t pid = n > 0 ? fork() : -1;
+    if (pid == 0) {
+        const pid_t its = (pid_t)syscall(SYS_gettid);
+        int found = -1, matches = 0;
+        for (int i = 0; i < n; i++)
+            if (memcmp(self + candidate[i], &its, sizeof its) == 0)
+                matches++, found = i;
+        _exit(matches == 1 ? found : 255);
+    }
+    if (pid < 0)
+        return n > 0 ? -errno : -ENOSYS;
+    while (waitpid(pid, &status, 0) < 0 && errno == EINTR)
+        ;
+    if (!WIFEXITED(status) || WEXITSTATUS(status) >= n)
+        return -ENOSYS;
+    tid_offset = candidate[WEXITSTATUS(status)];
+    return 0;
+}
+
+static pid_t
+fork_sibling(int *ret_pidfd)
+{
+    void *robust = NULL;
+    size_t robust_size = 0;
+    (void)syscall(SYS_get_robust_list, 0, &robust, &robust_size);
+    void *tid = (char *)(uintptr_t)pthread_self() + tid_offset;
+    const unsigned long flags =
+        CLONE_PARENT | CLONE_PIDFD | CLONE_CHILD_SETTID | CLONE_CHILD_CLEARTID | SIGCHLD;
+    afk_lifeline_before_fork();
+#ifdef __x86_64__
+    long pid = syscall(SYS_clone, flags, 0, ret_pidfd, tid, 0);
+#else
+    long pid = syscall(SYS_clone, flags, 0, ret_pidfd, 0, tid);
+#endif
+    int error = errno;
+    if (pid == 0) {
+        if (robust != NULL)
+            (void)syscall(SYS_set_robust_list, robust, robust_size);
+        afk_lifeline_after_fork_in_child();
+        return 0;
+    }
+    afk_lifeline_after_fork_in_parent();
+    return pid < 0 ? -error : (pid_t)pid;
 }
 
 pid_t
@@ -65,7 +132,9 @@ afk_fork(struct afk_plan *plan)
     for (int i = 0; i < 3 && plan->setup != NULL; i++)
         spared[1 + i] = plan->setup->opened[i];
     afk_lifeline_spare(spared, 4);
-    pid_t pid = AFK_SYS("fork", (pid = fork()) < 0 ? -errno : pid);
+    pid_t pid = AFK_SYS("fork", plan->ret_sibling != NULL ? fork_sibling(plan->ret_sibling)
+                                : (pid = fork()) < 0      ? -errno
+                                                          : pid);
     afk_lifeline_spare(NULL, 0);
     if (pid == 0) {
         afk_child_repair(plan);

@@ -64,8 +64,8 @@ afk_lifeline_end(bool begun)
         (void)pthread_mutex_unlock(&window);
 }
 
-static void
-before_fork(void)
+void
+afk_lifeline_before_fork(void)
 {
     if (afk_lifeline_begin()) {
         atomic_store(&forker, pthread_self());
@@ -73,8 +73,8 @@ before_fork(void)
     }
 }
 
-static void
-after_fork_in_parent(void)
+void
+afk_lifeline_after_fork_in_parent(void)
 {
     if (atomic_load(&forking) && pthread_equal(atomic_load(&forker), pthread_self())) {
         atomic_store(&forking, false);
@@ -100,8 +100,8 @@ is_spared(int fd)
 
 /* Async-signal-safe: it runs inside fork(2) of any thread, see
  * pthread_atfork(3). */
-static void
-in_forked_child(void)
+void
+afk_lifeline_after_fork_in_child(void)
 {
     atomic_fetch_add(&generation, 1);
     atomic_store(&forking, false);
@@ -126,7 +126,8 @@ __attribute__((constructor)) static void
 loaded(void)
 {
     /* Fails with ENOMEM only; then no fd is ever registered, see below. */
-    if (pthread_atfork(before_fork, after_fork_in_parent, in_forked_child) != 0)
+    if (pthread_atfork(afk_lifeline_before_fork, afk_lifeline_after_fork_in_parent,
+                       afk_lifeline_after_fork_in_child) != 0)
         abort();
 }
 

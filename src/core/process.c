@@ -322,7 +322,7 @@ fail_told:
 
 int
 afk_child_new_offered(struct anyfork_child **ret_child, pid_t pid, const int *fds,
-                      struct anyfork_error *reterr)
+                      bool is_our_child, struct anyfork_error *reterr)
 {
     reap_detached();
     struct anyfork_child *child = allocate();
@@ -331,7 +331,7 @@ afk_child_new_offered(struct anyfork_child **ret_child, pid_t pid, const int *fd
             afk_lifeline_close(&(int){fds[i]});
         return AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_MEMORY, ENOMEM, "worker handle");
     }
-    child->of_template = true;
+    child->of_template = !is_our_child;
     child->pid = pid;
     int *const to[AFK_OFFER_FDS] = {&child->status_fd, &child->life_read, &child->life_write,
                                     &child->pidfd};

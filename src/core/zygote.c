@@ -34,6 +34,7 @@
 #define CLIENTS_MAX 64     /* processes that share a template; more make one of their own */
 #define WANTED_MAX 256u    /* standbys that are made at once: more are asked for again */
 #define NESTED_HIGH 1u     /* standbys of each of them */
+#define LAST_OFFERS_NS ((int64_t)1000000000)
 #define REFILL_DELAY_NS ((int64_t)1000000) /* behind the user's first line */
 #define REFILL_AFTER_DEATH_NS ((int64_t)100000000)
 #define TIMEOUT_MS_MAX 60000
@@ -146,6 +147,7 @@ struct afk_template {
     unsigned generation;
     int control;
     atomic_bool ready; /* has said HELLO */
+    bool siblings;     /* its standbys are our children */
     uint32_t ids[4];   /* that it has to have */
     uint64_t capabilities[3]; /* and may have: an execution could give it more */
     struct afk_proc_files files;
@@ -166,7 +168,7 @@ take_ids(uint32_t ids[4])
 }
 
 int
-afk_template_new(struct afk_template **ret_template, int *ret_server_end,
+afk_template_new(struct afk_template **ret_template, bool siblings, int *ret_server_end,
                  struct anyfork_error *reterr)
 {
     int pair[2] = {-1, -1};
@@ -175,6 +177,7 @@ afk_template_new(struct afk_template **ret_template, int *ret_server_end,
         return AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_MEMORY, ENOMEM, "template");
     t->generation = afk_generation();
     t->control = -1;
+    t->siblings = siblings;
     t->files = (struct afk_proc_files){-1, -1, -1, -1};
     if (afk_os_children_are_elsewhere()) {
         afk_template_free(t);
@@ -219,11 +222,50 @@ is_foreign(const struct afk_template *t)
     return t->generation != afk_generation();
 }
 
+struct offered {
+    pid_t pid; /* 0: none */
+    int fds[AFK_OFFER_FDS];
+};
+
+static int take_offer(struct afk_template *t, struct anyfork_child **ret_child,
+                      struct offered *failed, const char **ret_why, struct anyfork_error *reterr);
+static void drop_dead(const struct afk_template *t, int *fds, unsigned n);
+
+/* What it has offered, and nobody has taken, would stay a zombie of ours. */
+static void
+end_siblings(struct afk_template *t)
+{
+    struct anyfork_error ignored;
+    struct offered failed = {.pid = 0};
+    const char *why;
+    struct anyfork_child *child;
+    /* It makes no more once it has read that, and closes its own end: then all have come. */
+    (void)shutdown(t->control, SHUT_WR);
+    for (int64_t until = afk_os_now_ns() + LAST_OFFERS_NS, left; (left = until - afk_os_now_ns()) > 0;) {
+        int r = take_offer(t, &child, &failed, &why, &ignored);
+        if (r == 0)
+            anyfork_child_close(child);
+        else if (r != -EAGAIN || afk_template_wait(t, left) == -ETIMEDOUT)
+            break;
+    }
+    if (failed.pid > 0)
+        drop_dead(t, failed.fds, AFK_OFFER_FDS);
+}
+
+void
+afk_template_shutdown(struct afk_template *t)
+{
+    if (!is_foreign(t))
+        (void)shutdown(t->control, SHUT_WR);
+}
+
 void
 afk_template_close(struct afk_template *t)
 {
     if (is_foreign(t))
         return;
+    if (t->siblings && t->control >= 0)
+        end_siblings(t);
     afk_lifeline_close(&t->control);
     afk_proc_files_close(&t->files);
 }
@@ -343,17 +385,14 @@ is_dead(int pidfd)
     return poll(&p, 1, 0) != 0;
 }
 
-struct offered {
-    pid_t pid; /* 0: none */
-    int fds[AFK_OFFER_FDS];
-};
-
+/* A dead one. Nobody else reaps what is our child. */
 static void
-drop_offered(struct offered *offered)
+drop_dead(const struct afk_template *t, int *fds, unsigned n)
 {
-    for (unsigned i = 0; i < AFK_OFFER_FDS && offered->pid > 0; i++)
-        afk_lifeline_close(&offered->fds[i]);
-    offered->pid = 0;
+    if (t->siblings && n == AFK_OFFER_FDS)
+        (void)afk_os_pidfd_reap(fds[AFK_OFFER_PIDFD], false, &(int){0});
+    for (unsigned i = 0; i < n; i++)
+        afk_lifeline_close(&fds[i]);
 }
 
 /* Whether a dead standby has said why it could not get ready: a reset that raises, say. */
@@ -389,14 +428,13 @@ take_offer(struct afk_template *t, struct anyfork_child **ret_child, struct offe
         bool is_offer = n > 0 && is_ours(&message, n) && message.op == AFK_ZYGOTE_OFFER &&
                         n_fds == AFK_OFFER_FDS && message.pid > 0;
         if (is_offer && r == 0 && !is_dead(fds[AFK_OFFER_PIDFD]))
-            return afk_child_new_offered(ret_child, message.pid, fds, reterr);
+            return afk_child_new_offered(ret_child, message.pid, fds, t->siblings, reterr);
         if (is_offer && r == 0 && failed->pid == 0 && has_failed(fds[AFK_OFFER_REPORT])) {
             failed->pid = message.pid;
             memcpy(failed->fds, fds, sizeof fds);
             continue;
         }
-        for (unsigned i = 0; i < n_fds; i++)
-            afk_lifeline_close(&fds[i]);
+        drop_dead(t, fds, n_fds);
         if (r < 0)
             return AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_MEMORY, -r, "worker handle");
         if (n == -EAGAIN)
@@ -770,10 +808,11 @@ start_one(struct afk_template *t, const struct afk_surroundings *now, struct afk
     }
     /* Neither does one live that was made for this start: it has failed as that one says. */
     if (r == -EAGAIN && job->asked && failed.pid > 0) {
-        r = afk_child_new_offered(&job->child, failed.pid, failed.fds, reterr);
+        r = afk_child_new_offered(&job->child, failed.pid, failed.fds, t->siblings, reterr);
         failed.pid = 0;
     }
-    drop_offered(&failed);
+    if (failed.pid > 0)
+        drop_dead(t, failed.fds, AFK_OFFER_FDS);
     return r;
 }
 
@@ -883,6 +922,7 @@ struct client {
 struct worker {
     pid_t pid;
     int report_fd; /* its own end: for STATUS */
+    int pidfd;     /* of a sibling, until it is taken; else -1: we are told of its end */
     bool taken, dismissed;
     struct client *client; /* NULL: it is gone */
 };
@@ -896,6 +936,8 @@ struct server {
     unsigned n_workers, room;
     struct client *client[CLIENTS_MAX]; /* the first is the template's own owner */
     unsigned n_clients;
+    struct pollfd *poll;
+    unsigned poll_room;
 };
 
 static struct worker *
@@ -905,6 +947,14 @@ find(struct server *s, pid_t pid)
         if (s->worker[i].pid == pid)
             return &s->worker[i];
     return NULL;
+}
+
+static void
+forget(struct server *s, struct worker *worker)
+{
+    afk_lifeline_close(&worker->report_fd);
+    afk_lifeline_close(&worker->pidfd);
+    *worker = s->worker[--s->n_workers];
 }
 
 static void
@@ -933,11 +983,10 @@ make_report_and_lifeline(int report[2], int life[2])
 
 /* The standby's report end is kept, to tell of its end. */
 static int
-offer(struct client *c, pid_t pid, int report[2], int life[2])
+offer(struct client *c, pid_t pid, int pidfd, int report[2], int life[2])
 {
     struct afk_zygote_message message = message_of(AFK_ZYGOTE_OFFER);
-    int pidfd = afk_os_pidfd_open(pid);
-    int r = pidfd < 0 ? pidfd : afk_lifeline_register(report[1], false);
+    int r = afk_lifeline_register(report[1], false);
     if (r == 0) {
         const int fds[AFK_OFFER_FDS] = {[AFK_OFFER_REPORT] = report[0],
                                         [AFK_OFFER_LIFE_READ] = life[0],
@@ -948,14 +997,22 @@ offer(struct client *c, pid_t pid, int report[2], int life[2])
         if (r < 0)
             afk_lifeline_forget(report[1]);
     }
-    afk_os_close(pidfd);
     return r;
+}
+
+/* Of a sibling, whose number its parent may free, it came with the fork. */
+static int
+open_pidfd(int *pidfd, pid_t pid)
+{
+    if (*pidfd < 0)
+        *pidfd = afk_os_pidfd_open(pid);
+    return *pidfd < 0 ? *pidfd : afk_lifeline_register(*pidfd, false);
 }
 
 static int
 make_standby(struct server *s, struct client *c)
 {
-    int report[2] = {-1, -1}, life[2] = {-1, -1}, on = 1;
+    int report[2] = {-1, -1}, life[2] = {-1, -1}, pidfd = -1, on = 1;
     if (s->n_workers == s->room) {
         unsigned room = s->room > 0 ? 2 * s->room : 32;
         struct worker *larger = realloc(s->worker, room * sizeof *larger);
@@ -970,22 +1027,28 @@ make_standby(struct server *s, struct client *c)
     if (r == 0) {
         const struct afk_standby standby = {report[1],  life[0], s->taken[1],
                                             s->door[1], c->pid,  s->dumpable};
-        pid_t pid = s->fork_standby(s->arg, &standby);
-        r = pid < 0 ? (int)pid : 0;
+        pid_t pid = s->fork_standby(s->arg, &standby, &pidfd);
+        r = pid < 0 ? (int)pid : open_pidfd(&pidfd, pid);
+        if (r == 0)
+            r = offer(c, pid, pidfd, report, life);
         if (pid > 0) {
-            s->worker[s->n_workers++] =
-                (struct worker){.pid = pid, .report_fd = -1, .client = c};
-            r = offer(c, pid, report, life);
+            struct worker *worker = &s->worker[s->n_workers++];
+            *worker = (struct worker){.pid = pid, .report_fd = -1, .pidfd = -1, .client = c};
             if (r == 0) {
-                s->worker[s->n_workers - 1].report_fd = report[1];
+                worker->report_fd = report[1];
                 report[1] = -1;
                 c->ready++;
             }
-            else {
-                (void)kill(pid, SIGKILL); /* ours, and not reaped: its number is its own */
+            else if (pidfd >= 0) {
+                (void)afk_os_pidfd_signal(pidfd, SIGKILL);
+            }
+            if (s->options->siblings) {
+                worker->pidfd = pidfd;
+                pidfd = -1;
             }
         }
     }
+    afk_lifeline_close(&pidfd);
     afk_lifeline_close(&life[1]);
     afk_lifeline_close(&report[0]);
     afk_os_close(life[0]);
@@ -1058,9 +1121,12 @@ note_taken(struct server *s)
                 continue;
             worker->taken = true;
             struct client *c = worker->client;
+            bool was_ready = !worker->dismissed;
+            if (s->options->siblings) /* somebody else's from here on */
+                forget(s, worker);
             if (c == NULL)
                 continue;
-            if (!worker->dismissed)
+            if (was_ready)
                 c->ready--;
             c->last_start = afk_os_now_ns();
             if (c->failed > 0) { /* and this one has not */
@@ -1147,9 +1213,22 @@ reap_all(struct server *s)
             tell_status(worker, status);
             if (worker->client != NULL && !worker->taken && !worker->dismissed)
                 note_death(worker->client, status);
-            afk_lifeline_close(&worker->report_fd);
         }
-        *worker = s->worker[--s->n_workers];
+        forget(s, worker);
+    }
+}
+
+/* Siblings that nobody has taken: their parent is told of their end, not we. */
+static void
+look_at_siblings(struct server *s)
+{
+    for (unsigned i = s->n_workers; i-- > 0;) {
+        struct worker *worker = &s->worker[i];
+        if (worker->pidfd < 0 || !is_dead(worker->pidfd))
+            continue;
+        if (worker->client != NULL && worker->report_fd >= 0 && !worker->dismissed)
+            note_death(worker->client, 0);
+        forget(s, worker);
     }
 }
 
@@ -1255,8 +1334,9 @@ open_server(struct server *s)
 static void
 close_server(struct server *s)
 {
-    for (unsigned i = 0; i < s->n_workers; i++)
-        afk_lifeline_close(&s->worker[i].report_fd);
+    while (s->n_workers > 0)
+        forget(s, &s->worker[0]);
+    free(s->poll);
     for (unsigned i = 0; i < s->n_clients; i++) {
         afk_lifeline_close(&s->client[i]->control);
         afk_lifeline_close(&s->client[i]->pidfd);
@@ -1303,14 +1383,25 @@ drop_client(struct server *s, unsigned which)
 static int
 await_events(struct server *s, int (*wait)(void *fds, unsigned n, int timeout_ms))
 {
-    struct pollfd fds[3 + 2 * CLIENTS_MAX] = {{.fd = s->taken[0], .events = POLLIN},
-                                              {.fd = s->signals, .events = POLLIN},
-                                              {.fd = s->door[0], .events = POLLIN}};
-    unsigned n_fds = 3, n_clients = s->n_clients;
+    unsigned n_fds = 3, n_clients = s->n_clients, most = 3 + 2 * CLIENTS_MAX + s->n_workers;
+    if (most > s->poll_room) {
+        struct pollfd *larger = realloc(s->poll, 2 * most * sizeof *larger);
+        if (larger == NULL)
+            return -ENOMEM;
+        s->poll = larger;
+        s->poll_room = 2 * most;
+    }
+    struct pollfd *fds = s->poll;
+    fds[0] = (struct pollfd){.fd = s->taken[0], .events = POLLIN};
+    fds[1] = (struct pollfd){.fd = s->signals, .events = POLLIN};
+    fds[2] = (struct pollfd){.fd = s->door[0], .events = POLLIN};
     for (unsigned i = 0; i < n_clients; i++) {
         fds[n_fds++] = (struct pollfd){.fd = s->client[i]->control, .events = POLLIN};
         fds[n_fds++] = (struct pollfd){.fd = s->client[i]->pidfd, .events = POLLIN};
     }
+    for (unsigned i = 0; i < s->n_workers; i++)
+        if (s->worker[i].pidfd >= 0)
+            fds[n_fds++] = (struct pollfd){.fd = s->worker[i].pidfd, .events = POLLIN};
     int n = wait(fds, n_fds, next_timeout_ms(s));
     if (n <= 0)
         return n == -EINTR ? 0 : n;
@@ -1346,6 +1437,8 @@ afk_server_run(const struct afk_server_options *options, afk_fork_standby fork_s
             if (s->client[i]->gone)
                 drop_client(s, i);
         reap_all(s);
+        if (s->options->siblings)
+            look_at_siblings(s);
         for (unsigned i = 0; i < s->n_clients; i++) {
             make_due(s, s->client[i]);
             shrink_idle(s, s->client[i]);

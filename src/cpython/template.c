@@ -16,6 +16,7 @@ struct serving {
     struct afk_setup setup; /* of a standby: nothing but the defaults */
     int *keep; /* the standby's beside its own: room for two, then what streams write to */
     unsigned n_keep;
+    bool siblings;
     struct rlimit files; /* of the owner's, and so of workers; the server has one for each worker */
 };
 
@@ -31,7 +32,7 @@ wait_for_messages(void *fds, unsigned n, int timeout_ms)
 }
 
 static pid_t
-fork_standby(void *arg, const struct afk_standby *standby)
+fork_standby(void *arg, const struct afk_standby *standby, int *ret_pidfd)
 {
     struct serving *serving = arg;
     struct anyfork_error error = {0};
@@ -43,6 +44,7 @@ fork_standby(void *arg, const struct afk_standby *standby)
     f.plan.owner_holds_us = true; /* its parent does, and tells the owner */
     serving->keep[0] = standby->taken_fd;
     serving->keep[1] = standby->door_fd;
+    f.plan.ret_sibling = serving->siblings ? ret_pidfd : NULL;
     f.plan.keep = serving->keep;
     f.plan.n_keep = serving->n_keep;
     pid_t pid = afk_fork_from(&f, &error);
@@ -96,7 +98,7 @@ serve(const struct afk_server_options *options, struct serving *serving, struct 
 int
 afk_template_serve(const struct afk_server_options *options, struct anyfork_error *reterr)
 {
-    struct serving serving = {.keep = NULL};
+    struct serving serving = {.siblings = options->siblings};
     struct afk_surroundings around;
     PyThreadState *from, *fresh;
     int r = afk_check_caller(reterr);
@@ -106,6 +108,9 @@ afk_template_serve(const struct afk_server_options *options, struct anyfork_erro
         r = afk_setup_prepare(&serving.setup, NULL, AFK_SETUP_FORK, -1, reterr);
     if (r < 0)
         return r;
+    if (options->siblings && (r = afk_fork_sibling_prepare()) < 0)
+        return AFK_FAIL(reterr, ANYFORK_EUNAVAILABLE, ANYFORK_STAGE_TEMPLATE, -r,
+                        "parent: this C library is not understood: leave 'owner' out");
     serving.boot = afk_boot_prepare_fork(reterr);
     r = serving.boot != NULL ? keep_streams(&serving, reterr) : ANYFORK_EUNAVAILABLE;
     fresh = r == 0 ? afk_hop_enter(PyInterpreterState_Main(), &from) : NULL;

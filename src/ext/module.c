@@ -200,19 +200,20 @@ ext_begin_template(PyObject *Py_UNUSED(module), PyObject *args)
     Py_RETURN_NONE;
 }
 
-/* serve(control fd, owner's pid, low, high, idle seconds, shared): the main program of a
- * template. */
+/* serve(control fd, owner's pid, low, high, idle seconds, shared, siblings): the main program of
+ * a template. */
 static PyObject *
 ext_serve(PyObject *Py_UNUSED(module), PyObject *args)
 {
     struct afk_server_options options;
     struct anyfork_error error;
     double idle;
-    int shared;
-    if (!PyArg_ParseTuple(args, "iiIIdp", &options.control, &options.owner, &options.low,
-                          &options.high, &idle, &shared))
+    int shared, siblings;
+    if (!PyArg_ParseTuple(args, "iiIIdpp", &options.control, &options.owner, &options.low,
+                          &options.high, &idle, &shared, &siblings))
         return NULL;
     options.shared = shared != 0;
+    options.siblings = siblings != 0;
     options.idle_ns = (int64_t)(idle * 1e9);
     if (afk_template_serve(&options, &error) < 0)
         return ext_raise(&error, "zygote");

@@ -13,12 +13,15 @@ static PyObject *
 template_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
     struct anyfork_error error;
-    (void)args, (void)kwargs;
+    int siblings;
+    (void)kwargs;
+    if (!PyArg_ParseTuple(args, "p", &siblings))
+        return NULL;
     struct template_object *self = (struct template_object *)type->tp_alloc(type, 0);
     if (self == NULL)
         return NULL;
     self->server_end = -1;
-    if (afk_template_new(&self->template, &self->server_end, &error) < 0) {
+    if (afk_template_new(&self->template, siblings != 0, &self->server_end, &error) < 0) {
         self->template = NULL;
         Py_DECREF(self);
         return ext_raise(&error, "zygote");
@@ -203,8 +206,16 @@ template_close(PyObject *op, PyObject *Py_UNUSED(args))
     Py_RETURN_NONE;
 }
 
+static PyObject *
+template_shutdown(PyObject *op, PyObject *Py_UNUSED(args))
+{
+    afk_template_shutdown(ext_template_of(op));
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef template_methods[] = {
     {"close", template_close, METH_NOARGS, NULL},
+    {"shutdown", template_shutdown, METH_NOARGS, NULL},
     {"fileno", template_fileno, METH_NOARGS, NULL},
     {"server_end", template_server_end, METH_NOARGS, NULL},
     {"drop_server_end", template_drop_server_end, METH_NOARGS, NULL},

@@ -20,7 +20,7 @@ static void
 begin(struct world *world)
 {
     struct anyfork_error error;
-    assert_int_equal(afk_template_new(&world->template, &world->control, &error), 0);
+    assert_int_equal(afk_template_new(&world->template, false, &world->control, &error), 0);
     assert_int_equal(afk_setup_prepare(&world->setup, NULL, AFK_SETUP_TEMPLATE, -1, &error), 0);
 }
 

@@ -161,7 +161,7 @@ fuzz_one(const uint8_t *data, size_t size)
 {
     struct world world = {.in = {data, size}};
     struct anyfork_error error;
-    CHECK(afk_template_new(&world.template, &world.control, &error) == 0);
+    CHECK(afk_template_new(&world.template, false, &world.control, &error) == 0);
     CHECK(afk_setup_prepare(&world.setup, NULL, AFK_SETUP_TEMPLATE, -1, &error) == 0);
     while (world.in.left > 0) {
         uint8_t how = fuzz_byte(&world.in);

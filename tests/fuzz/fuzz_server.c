@@ -44,8 +44,9 @@ be_standby(const struct afk_standby *standby, uint8_t how)
 }
 
 static pid_t
-fork_standby(void *arg, const struct afk_standby *standby)
+fork_standby(void *arg, const struct afk_standby *standby, int *ret_pidfd)
 {
+    (void)ret_pidfd;
     struct script *script = arg;
     uint8_t how = fuzz_byte(&script->in);
     if (how % 8 == 7 || script->standbys == STANDBYS_MAX)

@@ -74,7 +74,7 @@ make_start(struct fuzz_message *message, const struct anyfork_options *options, 
     const char *why;
     int control, report[2];
     pid_t pid = fuzz_sleeper();
-    CHECK(afk_template_new(&template, &control, &error) == 0);
+    CHECK(afk_template_new(&template, false, &control, &error) == 0);
     CHECK(afk_setup_prepare(&setup, options, AFK_SETUP_TEMPLATE, -1, &error) == 0);
     CHECK(afk_os_socketpair(report, SOCK_STREAM) == 0);
     (void)fcntl(report[0], F_SETFL, O_NONBLOCK);

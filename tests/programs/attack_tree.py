@@ -409,6 +409,114 @@ def check_a_forked_child_of_a_worker_has_its_own(place: str) -> None:
     same(anyfork.run(fork_and_start), [0, mine, mine])
 
 
+# ---- workers that are the owner's children --------------------------------------------------
+
+
+def zombies() -> list[str]:
+    """Children of this process that nobody has waited for."""
+    found = []
+    for task in os.listdir("/proc/self/task"):
+        for pid in map(str, children_of_task(task)):
+            with open(f"/proc/{pid}/stat") as f:
+                name, _, rest = f.read().rpartition(")")
+            if rest.split()[0] == "Z":
+                found.append(name.partition("(")[2])
+    return found
+
+
+def children_of_task(task: str) -> list[int]:
+    with open(f"/proc/self/task/{task}/children") as f:
+        return [int(word) for word in f.read().split()]
+
+
+def signal_own_thread() -> tuple[int, bool, list[int]]:
+    """Its parent; whether the C library knows the number of its thread, by which it is
+    signalled, before and after threads and forks of its own."""
+    got: list[int] = []
+    signal.signal(signal.SIGUSR1, lambda sig, _frame: got.append(sig))
+    signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
+    same(threading.get_native_id(), os.getpid())
+    answers: list[bool] = []
+
+    def other() -> None:
+        signal.pthread_kill(threading.get_ident(), 0)
+        answers.append(True)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    thread.join()
+    pid = os.fork()
+    if pid == 0:
+        signal.pthread_kill(threading.get_ident(), 0)
+        os._exit(5)
+    same(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), 5)
+    signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
+    return os.getppid(), answers == [True], got
+
+
+@places("main", "isolated")
+def check_the_owner_is_the_parent(place: str) -> None:
+    me = os.getpid()
+    with anyfork.Template(standby=(1, 3), parent="owner", idle=3.0) as template:
+        for _ in range(5):
+            same(
+                template.run(signal_own_thread),
+                (me, True, [signal.SIGUSR1] * 2),
+            )
+        children = template.spawn_many(parent, [()] * 20)
+        same({child.result(LIMIT) for child in children}, {me})
+        for child in children:
+            child.close()
+        for status, end in ((-9, lambda: os.kill(os.getpid(), 9)), (3, lambda: sys.exit(3))):
+            with template.spawn(end) as child:
+                same(child.wait(LIMIT), status)
+        with template.child() as leaf:
+            same(leaf.run(parent), me)
+        # One that dies is replaced, and reaped by the next start.
+        until(lambda: template.stats().standbys == 3, "standbys")
+        for pid in [p for task in os.listdir("/proc/self/task") for p in children_of_task(task)]:
+            with open(f"/proc/{pid}/comm") as f:
+                standby = f.read() == "anyfork standby\n"
+            if standby:
+                os.kill(pid, signal.SIGKILL)
+        until(lambda: template.stats().standbys == 3, "new standbys")
+        until(lambda: template.stats().standbys == 1, "the end of those that nobody wants")
+        same([template.run(give, n) for n in range(6)], list(range(6)))
+        same(template.stats().made, 1)
+    until(lambda: "anyfork standby" not in zombies(), "the end of standbys")
+    raises(ValueError, lambda: anyfork.Template(parent="init"))  # type: ignore[arg-type]
+
+
+@places("main")
+def check_workers_of_a_parent_that_dies(place: str) -> None:
+    for _ in range(3):
+        r, w = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            template = anyfork.Template(parent="owner")
+            worker = template.spawn(time.sleep, 1000)
+            worker.wait_ready(LIMIT)
+            os.write(w, f"{worker.pid} {pid_of(template)}".encode())
+            os.kill(os.getpid(), signal.SIGKILL)
+        os.close(w)
+        pids = [int(word) for word in os.read(r, 50).split()]
+        os.close(r)
+        same(os.waitpid(pid, 0)[1], signal.SIGKILL)
+        for one in pids:
+            until(lambda pid=one: is_gone(pid), "its end")
+        same(len(pids), 2)
+
+
+@places("main")
+def check_a_snapshot_of_the_parent(place: str) -> None:
+    same(anyfork.run(snapshot_parents, method="exec"), True)
+
+
+def snapshot_parents() -> bool:
+    with anyfork.snapshot(parent="owner") as template:
+        return bool(template.run(parent) == os.getpid())
+
+
 # ---- what it says of itself -------------------------------------------------------------------
 
 
