@@ -145,6 +145,19 @@ class Served:
             process.communicate(timeout=TIMEOUT)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def default_signals() -> Iterator[None]:
+    """Programs inherit what is ignored: under nohup(1), or in a shell's background."""
+    numbers = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTSTP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
+        if before[number] == signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """With the server `default`, which preloads json."""
@@ -588,8 +601,9 @@ class Terminal:
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
-        os.close(self.master)
-        os.close(self.slave)
+        for fd in (self.master, self.slave):
+            with contextlib.suppress(OSError):  # the test has closed it
+                os.close(fd)
 
 
 @pytest.fixture
