@@ -18,6 +18,7 @@ import atexit
 import io
 import os
 import sys
+import time
 from _collections_abc import Coroutine
 
 from . import _anyfork
@@ -414,11 +415,14 @@ def set_environment(entries: list[bytes]) -> None:
         there = dict(os.environb)
     if there == wanted:
         return
+    zone = there.get(b"TZ")
     for name in there.keys() - wanted.keys():
         del os.environb[name]
     for name, value in wanted.items():
         if there.get(name) != value:
             os.environb[name] = value
+    if wanted.get(b"TZ") != zone:
+        time.tzset()
 
 
 _resets: list[Callable[[], object]] = []

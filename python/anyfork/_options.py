@@ -45,7 +45,8 @@ class Options(TypedDict, total=False):
     cpus: the CPUs it may run on.
     cgroup: the folder of a cgroup v2.
     oom_score_adj: -1000 to 1000.
-    name: what ``ps`` and ``top`` show.
+    name: what ``ps`` and ``top`` show; in /proc/PID/comm with dashes for spaces, by which CPython
+      would miscount threads.
     start_new_session, process_group: as of :class:`subprocess.Popen`.
     stdin, stdout, stderr: :data:`subprocess.PIPE`, :data:`subprocess.DEVNULL`, a
       descriptor or file, or a path; stderr also :data:`subprocess.STDOUT`. A path is

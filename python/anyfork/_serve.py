@@ -45,7 +45,8 @@ _LIMITS, _FDS_MAX, _TEXT_MAX = 16, 240, 16384
 _REQUEST = struct.Struct(f"@IHHcBBBIiIIIQQ{2 * _LIMITS}QQ{_FDS_MAX}i0Q")
 _HEAD = struct.Struct("@IHH")
 _ANSWER = struct.Struct("@IHHi")
-_BODY_MAX = 16 << 20  # execve(2) takes 6 MB with the largest stack limit
+_BODY_MAX = 6 << 20  # what execve(2) takes with the largest stack limit
+_WORDS_MAX = 200_000  # beside which other clients wait
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 _SO_PEERPIDFD = 77  # Linux 6.5; other numbers on parisc and sparc, where it fails
@@ -157,7 +158,7 @@ def read_request(data: bytes, fds: list[int]) -> Request:
         or any(not 3 <= number < 2**30 for number in numbers)
     ):
         raise Refused("the request is malformed")
-    if body_bytes > _BODY_MAX:
+    if body_bytes > _BODY_MAX or n_words + n_env > _WORDS_MAX:
         raise Refused("the arguments and the environment are too large")
     words = _read_body(fds[0], body_bytes, n_words + n_env)
     given = iter(fds[2:])
@@ -185,8 +186,10 @@ def _read_body(fd: int, size: int, n_words: int) -> list[bytes]:
         data = os.pread(fd, size, 0)
     except OSError:
         raise Refused("the request is malformed: its body is no memfd") from None
+    if len(data) != size or data.count(b"\0") != n_words:
+        raise Refused("the request is malformed: its body")
     words = data.split(b"\0")
-    if len(data) != size or words.pop() != b"" or len(words) != n_words:
+    if words.pop() != b"":
         raise Refused("the request is malformed: its body")
     return words
 
@@ -297,7 +300,9 @@ class _Peer:
         """Its folder of /proc, which cannot become another process's unnoticed. OSError."""
         try:
             pidfd = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
-        except OSError:
+        except OSError as exc:
+            if exc.errno != errno.ENOPROTOOPT:  # it has gone, and its number may be another's
+                raise Refused("the client has gone") from None
             pidfd = os.pidfd_open(self.pid)
         try:
             folder = os.open(f"/proc/{self.pid}", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -1013,31 +1018,26 @@ def serve(config: Config, ready_fd: int) -> int:
 def detach(config: Config) -> int:
     """Start the server in a session of its own; return once it listens."""
     ready, theirs = os.pipe()
-    said, errors = os.pipe()
+    said = os.memfd_create("anyfork-serve")  # not a pipe, which a preload could fill
     python = _exec.interpreter()
     try:
         process = subprocess.Popen(
             [*command_line(config, python), "--ready-fd", str(theirs)],
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors,
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said,
             pass_fds=[theirs], start_new_session=True,
         )  # fmt: skip
         os.close(theirs)
-        os.close(errors)
-        theirs = errors = -1
+        theirs = -1
         listens = os.read(ready, 1) == b"1"
+        status = 0 if listens else process.wait()
+        sys.stderr.write(os.pread(said, 1 << 16, 0).decode(errors="replace"))
         if listens:
-            os.set_blocking(said, False)
-            with contextlib.suppress(BlockingIOError):
-                sys.stderr.write(os.read(said, 1 << 16).decode(errors="replace"))
             print(f"anyfork serve: {config.name!r} listens, process {process.pid}")
             process.returncode = 0  # it is nobody's to wait for
             return 0
-        status = process.wait()
-        with open(said, "rb", closefd=False) as text:
-            sys.stderr.write(text.read().decode(errors="replace"))
         return status if status > 0 else 1
     finally:
-        for fd in (ready, theirs, said, errors):
+        for fd in (ready, theirs, said):
             if fd >= 0:
                 os.close(fd)
 

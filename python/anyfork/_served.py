@@ -213,7 +213,7 @@ def _run_file(work: Work, name: str, names: dict[str, Any]) -> None:
         sys.path.insert(0, os.path.abspath(name))
         runpy._run_module_as_main("__main__", False)  # type: ignore[attr-defined]
         return
-    path = os.path.join(os.getcwd(), name)
+    path = name if name.startswith("/") else os.path.join(os.getcwd(), name)
     try:
         with open(path, "rb") as file:
             if os.path.isdir(path):

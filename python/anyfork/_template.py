@@ -27,6 +27,7 @@ METHOD = "zygote"
 _CONTROL_FD = 3  # of the template; its number there
 _TIMES_MADE = 3  # in one start
 _DEATH_TIMEOUT = 10.0
+_ATTACH_TIMEOUT = 2.0
 # Behind what the owner has, for it may have the package by other means.
 _PACKAGE_PARENT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _LONG = 1e6  # seconds
@@ -234,7 +235,10 @@ class Template:
                 finally:
                     self._maker = None
                 self._times_made += 1
-            return made
+        if self._closed:  # meanwhile
+            self._discard(made)
+            raise ValueError("this template is closed")
+        return made
 
     def _specs(self) -> tuple[_Spec, ...]:
         """All that a fresh process has to load."""
@@ -285,12 +289,14 @@ class Template:
             raise
         return _Made(link, process, os.getpid(), path, found if found == path else None, argv)
 
-    def _await(self, link: _anyfork.Template, process: _Process | _NotOurs) -> None:
+    def _await(
+        self, link: _anyfork.Template, process: _Process | _NotOurs, timeout: float | None = None
+    ) -> None:
         poll = select.poll()
         poll.register(link, select.POLLIN)
         if process.pidfd is not None:
             poll.register(process.pidfd, select.POLLIN)
-        end = time.monotonic() + self._timeout
+        end = time.monotonic() + (self._timeout if timeout is None else timeout)
         while True:
             try:
                 if link.hello():
@@ -322,9 +328,9 @@ class Template:
         with self._lock:
             if self._made is made:
                 self._made = None
-            if made.owner == os.getpid():
-                starts, missed = made.link.counts()
-                self._before = (self._before[0] + starts, self._before[1] + missed)
+                if made.owner == os.getpid():
+                    starts, missed = made.link.counts()
+                    self._before = (self._before[0] + starts, self._before[1] + missed)
         if made.owner != os.getpid():
             return
         if self._siblings and isinstance(made.process, _Process):
@@ -406,6 +412,8 @@ class Template:
             self._discard(made)
         if isinstance(child, str):
             raise SpawnError("template", None, METHOD, child)
+        with self._lock:
+            self._before = (self._before[0] + 1, self._before[1])
         return child
 
     def spawn(
@@ -467,9 +475,11 @@ class Template:
         return self.warm()
 
     def close(self) -> None:
-        """Start nothing any more. Workers that run go on."""
-        with self._lock:
-            self._closed = True
+        """Start nothing any more. Workers that run go on.
+
+        A process that another thread is making is discarded by that thread.
+        """
+        self._closed = True
         made = self._made
         if made is not None:
             self._discard(made)
@@ -514,7 +524,7 @@ class _Default(Template):
         try:
             if link.attach():
                 link.drop_server_end()
-                self._await(link, _NotOurs())
+                self._await(link, _NotOurs(), min(self._timeout, _ATTACH_TIMEOUT))
                 path, argv = _zygote.path, _zygote.argv
                 return _Made(link, _NotOurs(), os.getpid(), path, None, argv)
         except SpawnError:  # it does not take this process
@@ -534,6 +544,11 @@ class _Branch(Template):
     def _specs(self) -> tuple[_Spec, ...]:
         return (*self._root._specs(), self._spec)
 
+    def _pickled(
+        self, fn: Callable[..., object], args: tuple[object, ...]
+    ) -> tuple[bytes, tuple[str, str, bool] | None]:
+        return self._root._pickled(fn, args)  # a snapshot's has its own way
+
     def _begin(self, args: tuple[object, ...], options: Options) -> Child:
         prepared = _options.prepare(METHOD, options)
         return self._root.start(
@@ -543,6 +558,11 @@ class _Branch(Template):
     def _start_fresh(
         self, fn: Callable[..., object], args: tuple[object, ...], options: dict[str, Any]
     ) -> Child:
+        root = self._root
+        while isinstance(root, _Branch):
+            root = root._root
+        if isinstance(root, _Snapshot):
+            return root._start_fresh(fn, args, options)
         whole = Template(
             timeout=self._timeout,
             audit=self._audit,
@@ -675,11 +695,11 @@ def _family(pid: int, siblings: bool) -> tuple[int, int, int | None]:
     """Standbys and workers of a template, and the memory of them all. Siblings are known by
     their names: workers that were given one are not."""
     names = {one: _comm(one) for one in _children("self" if siblings else str(pid))}
-    standbys = [one for one, name in names.items() if name == "anyfork standby"]
+    standbys = [one for one, name in names.items() if name == "anyfork-standby"]
     workers = [
         one
         for one, name in names.items()
-        if name not in (None, "anyfork standby") and (name == "anyfork worker" or not siblings)
+        if name not in (None, "anyfork-standby") and (name == "anyfork-worker" or not siblings)
     ]
     pss: int | None = None
     for one in (str(pid), *standbys, *workers):

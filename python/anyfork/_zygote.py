@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import os
 import sys
 
 from . import _anyfork, _audit, _boot
@@ -83,6 +84,11 @@ def serve(
         names += preload
     if loads:
         judge(_audit.findings(ours), audit)
+    if siblings and len(os.listdir("/proc/self/task")) > 1:
+        raise RuntimeError(
+            "a template with threads cannot have workers that are the owner's children: what the "
+            "threads have locked in the C library would stay so; leave parent='owner' out"
+        )
     _boot.load_needed()
     _boot.rehearse()
     _boot.loaded = frozenset(sys.modules)

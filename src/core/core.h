@@ -452,6 +452,7 @@ void afk_template_counts(const struct afk_template *template, struct afk_templat
 unsigned afk_template_calls(const struct afk_template *template, int64_t ret[AFK_CALLS_KEPT]);
 void afk_template_took(struct afk_template *template, int64_t ns);
 void afk_template_missed(struct afk_template *template, unsigned n);
+#define AFK_DROPPED_MAX 4
 struct afk_template_job {
     const struct afk_setup *setup; /* of AFK_SETUP_TEMPLATE */
     const char *pickle; /* what _boot.load() understands */
@@ -459,6 +460,8 @@ struct afk_template_job {
     bool asked; /* for a standby: then one that could not get ready is the worker, and says why */
     struct anyfork_child *child; /* NULL: to be started */
     bool started;
+    struct anyfork_child *dropped[AFK_DROPPED_MAX]; /* killed; the caller's to close, which may take long */
+    unsigned n_dropped;
 };
 /* Starts those that are not yet, as many as there are standbys ready; also where it fails
  * then. 0: all are; -EAGAIN: the others need standbys; -ESTALE, with *ret_why: the template has
@@ -469,6 +472,11 @@ int afk_template_start(struct afk_template *template, struct afk_template_job *j
 /* In a worker of a template that is shared: have it serve this process too, whose end of the
  * control socket is `server_end`. 0 or a negative errno. */
 int afk_template_attach(int door, int server_end);
+/* It has been asked so: its HELLO has to say that it may do what this thread may, no more. */
+void afk_template_set_attached(struct afk_template *template);
+/* Those that were started in vain: may take seconds, where their template is slow to tell of
+ * their ends. */
+void afk_template_close_dropped(struct afk_template_job *jobs, unsigned n);
 /* Asks for `n` standbys, at once. 0 or -ESTALE. */
 int afk_template_want(struct afk_template *template, unsigned n);
 /* Blocks until there may be a standby. 0, -EINTR, -ETIMEDOUT. */
@@ -478,6 +486,7 @@ struct afk_server_options {
     int control;
     pid_t owner;
     const struct afk_surroundings *around; /* of the template, and so of its workers */
+    const struct afk_identity *identity;   /* the same */
     unsigned low, high; /* standbys: kept when idle, kept when busy */
     int64_t idle_ns;    /* without a start, before only `low` are kept */
     bool shared;        /* its workers can start workers with it, while they may do what it may */

@@ -72,9 +72,13 @@ afk_fork_sibling_prepare(void)
     const char *self = (const char *)(uintptr_t)pthread_self();
     const pid_t ours = (pid_t)syscall(SYS_gettid);
     int candidate[8], n = 0, status = 0;
-    for (int at = 0; at < TID_WITHIN && n < 8; at += (int)sizeof ours)
-        if (memcmp(self + at, &ours, sizeof ours) == 0)
+    for (int at = 0; at < TID_WITHIN && n < 8; at += (int)sizeof ours) {
+        pid_t there;
+        if (afk_os_peek(&there, self + at, sizeof there) < 0) /* a smaller one than glibc's */
+            break;
+        if (there == ours)
             candidate[n++] = at;
+    }
     pid_t pid = n > 0 ? fork() : -1;
     if (pid == 0) {
         const pid_t its = (pid_t)syscall(SYS_gettid);
@@ -117,7 +121,10 @@ fork_sibling(int *ret_pidfd)
         return 0;
     }
     afk_lifeline_after_fork_in_parent();
-    return pid < 0 ? -error : (pid_t)pid;
+    if (pid > 0)
+        return (pid_t)pid;
+    *ret_pidfd = -1; /* as in clone_vm() */
+    return -error;
 }
 
 pid_t
@@ -270,6 +277,8 @@ clone_vm(struct afk_plan *plan, void *stack, int *ret_pidfd)
         setup->cgroup_procs = -1; /* nothing left to do for the child */
         pid_t pid = AFK_SYS("clone3", clone_into_cgroup(plan, stack, ret_pidfd));
         setup->cgroup_procs = procs;
+        if (pid < 0)
+            *ret_pidfd = -1;
         if (pid > 0 && was_killed_at_birth(plan, ret_pidfd))
             pid = -ENOSYS; /* it moves there by itself, then */
         /* No such call, or no such member of it; what the cgroup itself refuses is told
@@ -279,7 +288,10 @@ clone_vm(struct afk_plan *plan, void *stack, int *ret_pidfd)
     }
     int flags = CLONE_VM | CLONE_VFORK | CLONE_PIDFD | SIGCHLD;
     pid_t pid = clone(child_main, (char *)stack + CHILD_STACK, flags, plan, ret_pidfd);
-    return pid < 0 ? -errno : pid;
+    if (pid >= 0)
+        return pid;
+    *ret_pidfd = -1; /* written before it failed, and closed again: the number is not ours */
+    return -errno;
 }
 
 pid_t

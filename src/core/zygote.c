@@ -18,6 +18,8 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
+#include <linux/sockios.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
@@ -148,6 +150,7 @@ struct afk_template {
     int control;
     atomic_bool ready; /* has said HELLO */
     bool siblings;     /* its standbys are our children */
+    bool attached;     /* it is not ours: it has made us, and other workers */
     uint32_t ids[4];   /* that it has to have */
     uint64_t capabilities[3]; /* and may have: an execution could give it more */
     struct afk_proc_files files;
@@ -227,7 +230,7 @@ struct offered {
     int fds[AFK_OFFER_FDS];
 };
 
-static int take_offer(struct afk_template *t, struct anyfork_child **ret_child,
+static int take_offer(struct afk_template *t, bool asked, bool at_once, struct anyfork_child **ret_child,
                       struct offered *failed, const char **ret_why, struct anyfork_error *reterr);
 static void drop_dead(const struct afk_template *t, int *fds, unsigned n);
 
@@ -242,10 +245,10 @@ end_siblings(struct afk_template *t)
     /* It makes no more once it has read that, and closes its own end: then all have come. */
     (void)shutdown(t->control, SHUT_WR);
     for (int64_t until = afk_os_now_ns() + LAST_OFFERS_NS, left; (left = until - afk_os_now_ns()) > 0;) {
-        int r = take_offer(t, &child, &failed, &why, &ignored);
+        int r = take_offer(t, false, false, &child, &failed, &why, &ignored);
         if (r == 0)
             anyfork_child_close(child);
-        else if (r != -EAGAIN || afk_template_wait(t, left) == -ETIMEDOUT)
+        else if (r == -ESTALE || (r == -EAGAIN && afk_template_wait(t, left) == -ETIMEDOUT))
             break;
     }
     if (failed.pid > 0)
@@ -346,6 +349,9 @@ afk_template_hello(struct afk_template *t)
         return -EPROTO;
     if (memcmp(message.ids, t->ids, sizeof t->ids) != 0)
         return -EPERM;
+    /* Of this very thread, and with what nobody else can read of it. */
+    if (t->attached && afk_identity_difference(&t->identity, &message.identity) != NULL)
+        return -EPERM;
     t->around = message.around;
     atomic_store(&t->ready, true);
     return 1;
@@ -360,6 +366,12 @@ afk_template_want(struct afk_template *t, unsigned n)
     message.number = n;
     /* Its queue is full only if it does not read: it has stopped. */
     return send_message(t->control, &message, NULL, 0) < 0 ? -ESTALE : 0;
+}
+
+void
+afk_template_set_attached(struct afk_template *t)
+{
+    t->attached = true;
 }
 
 int
@@ -405,10 +417,11 @@ has_failed(int report_fd)
 }
 
 /* A standby that lives: its handle. As afk_template_start(). The first that has failed is
- * kept in *failed. */
+ * kept in *failed; `at_once`: and others left to other starts. What those were told who asked,
+ * and did not wait for it, is nothing to a start that has not. */
 static int
-take_offer(struct afk_template *t, struct anyfork_child **ret_child, struct offered *failed,
-           const char **ret_why, struct anyfork_error *reterr)
+take_offer(struct afk_template *t, bool asked, bool at_once, struct anyfork_child **ret_child,
+           struct offered *failed, const char **ret_why, struct anyfork_error *reterr)
 {
     for (int tries = 0; tries < OFFERS_TRIED; tries++) {
         struct afk_zygote_message message;
@@ -432,6 +445,8 @@ take_offer(struct afk_template *t, struct anyfork_child **ret_child, struct offe
         if (is_offer && r == 0 && failed->pid == 0 && has_failed(fds[AFK_OFFER_REPORT])) {
             failed->pid = message.pid;
             memcpy(failed->fds, fds, sizeof fds);
+            if (at_once)
+                return -EAGAIN;
             continue;
         }
         drop_dead(t, fds, n_fds);
@@ -441,7 +456,7 @@ take_offer(struct afk_template *t, struct anyfork_child **ret_child, struct offe
             return -EAGAIN;
         if (n == -EMFILE)
             return AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_PIPE, EMFILE, "worker handle");
-        if (n > 0 && is_ours(&message, n) && message.op == AFK_ZYGOTE_FAILED)
+        if (n > 0 && is_ours(&message, n) && message.op == AFK_ZYGOTE_FAILED && asked)
             return AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_FORK, (int)message.number,
                             "in the template");
         if (n <= 0 || !is_ours(&message, n)) {
@@ -787,22 +802,36 @@ out:
     return r;
 }
 
+/* It is killed at once; to wait for its end, and for what its template says of it, is for a
+ * caller that holds no locks of others. */
+static void
+drop_child(struct afk_template_job *job)
+{
+    struct afk_child_view view;
+    afk_child_view(job->child, &view);
+    (void)afk_os_pidfd_signal(view.pidfd, SIGKILL);
+    if (job->n_dropped < AFK_DROPPED_MAX)
+        job->dropped[job->n_dropped++] = job->child;
+    else
+        anyfork_child_close(job->child);
+    job->child = NULL;
+}
+
 /* A standby that lives gets the start. As afk_template_start(). */
 static int
 start_one(struct afk_template *t, const struct afk_surroundings *now, struct afk_template_job *job,
-          const char **ret_why, struct anyfork_error *reterr)
+          bool of_many, const char **ret_why, struct anyfork_error *reterr)
 {
     struct offered failed = {.pid = 0};
     int r = -EAGAIN;
     for (int tries = 0; tries < OFFERS_TRIED; tries++) {
-        r = take_offer(t, &job->child, &failed, ret_why, reterr);
+        r = take_offer(t, job->asked, job->asked && of_many, &job->child, &failed, ret_why, reterr);
         if (r < 0)
             break;
         r = send_start(t, now, job->setup, job->pickle, job->size, job->child, ret_why, reterr);
         if (r == 0)
             break;
-        anyfork_child_close(job->child);
-        job->child = NULL;
+        drop_child(job);
         if (r != -EAGAIN)
             break;
     }
@@ -833,8 +862,8 @@ check_the_rest(struct afk_template *t, const struct afk_identity *seen, const ch
     return -ESTALE;
 }
 
-/* Until then it runs nothing of the user's. 0; or -EAGAIN: it has ended, and has not even an
- * error to report. */
+/* Until then it runs nothing of the user's. 0; or -EAGAIN: its end of the socket is closed, and it
+ * has not even an error to report. (One that was killed, and not reaped yet, is not noticed.) */
 static int
 confirm(struct anyfork_child *child)
 {
@@ -884,7 +913,7 @@ afk_template_start(struct afk_template *t, struct afk_template_job *jobs, unsign
         return -ESTALE;
     for (unsigned i = 0; i < n && r == 0; i++)
         if (jobs[i].child == NULL)
-            r = start_one(t, &now, &jobs[i], ret_why, reterr);
+            r = start_one(t, &now, &jobs[i], n > 1, ret_why, reterr);
     int checked = is_any_sent(jobs, n) ? check_the_rest(t, &identity, ret_why, reterr) : 0;
     for (unsigned i = 0; i < n; i++) {
         if (!is_sent(&jobs[i]))
@@ -894,12 +923,19 @@ afk_template_start(struct afk_template *t, struct afk_template_job *jobs, unsign
             atomic_fetch_add(&t->starts, 1);
             continue;
         }
-        /* It has died, and had not run anything: another takes its place. */
-        anyfork_child_close(jobs[i].child);
-        jobs[i].child = NULL;
+        /* It had not run anything: another takes its place. */
+        drop_child(&jobs[i]);
         r = r == 0 ? -EAGAIN : r;
     }
     return checked < 0 ? checked : r;
+}
+
+void
+afk_template_close_dropped(struct afk_template_job *jobs, unsigned n)
+{
+    for (unsigned i = 0; i < n; i++)
+        while (jobs[i].n_dropped > 0)
+            anyfork_child_close(jobs[i].dropped[--jobs[i].n_dropped]);
 }
 
 /* ---- the server ------------------------------------------------------------------------- */
@@ -934,7 +970,7 @@ struct server {
     int signals, taken[2], door[2], dumpable;
     struct worker *worker;
     unsigned n_workers, room;
-    struct client *client[CLIENTS_MAX]; /* the first is the template's own owner */
+    struct client *client[CLIENTS_MAX];
     unsigned n_clients;
     struct pollfd *poll;
     unsigned poll_room;
@@ -1009,6 +1045,16 @@ open_pidfd(int *pidfd, pid_t pid)
     return *pidfd < 0 ? *pidfd : afk_lifeline_register(*pidfd, false);
 }
 
+/* Whether one more offer fits: it would be killed again. */
+static bool
+has_room(const struct client *c)
+{
+    int queued = 0, room = 0;
+    socklen_t size = sizeof room;
+    return ioctl(c->control, SIOCOUTQ, &queued) < 0 ||
+           getsockopt(c->control, SOL_SOCKET, SO_SNDBUF, &room, &size) < 0 || queued < room;
+}
+
 static int
 make_standby(struct server *s, struct client *c)
 {
@@ -1021,7 +1067,7 @@ make_standby(struct server *s, struct client *c)
         s->worker = larger;
         s->room = room;
     }
-    int r = make_report_and_lifeline(report, life);
+    int r = has_room(c) ? make_report_and_lifeline(report, life) : -ENOBUFS;
     if (r == 0 && setsockopt(report[1], SOL_SOCKET, SO_PASSCRED, &on, sizeof on) < 0)
         r = -errno;
     if (r == 0) {
@@ -1097,6 +1143,7 @@ add_client(struct server *s, pid_t pid, int control, unsigned low, unsigned high
         r = afk_lifeline_register(c->pidfd, false);
     take_ids(hello.ids);
     hello.around = *s->options->around;
+    hello.identity = *s->options->identity;
     if (r == 0)
         r = send_message(control, &hello, NULL, 0);
     if (r < 0) {
@@ -1188,13 +1235,22 @@ has_failed_status(int status)
     return WIFEXITED(status) && WEXITSTATUS(status) == AFK_EXIT_PRELUDE;
 }
 
+/* Ever longer, for the next is not likely to do better. */
+static int64_t
+after_failure(struct client *c)
+{
+    c->failed++;
+    return REFILL_AFTER_DEATH_NS << (c->failed < 8 ? c->failed : 8);
+}
+
 /* One that nobody has taken has ended. */
 static void
 note_death(struct client *c, int status)
 {
     c->ready--;
-    c->failed = has_failed_status(status) ? c->failed + 1 : 0;
-    refill(c, REFILL_AFTER_DEATH_NS << (c->failed < 8 ? c->failed : 8));
+    if (!has_failed_status(status))
+        c->failed = 0;
+    refill(c, has_failed_status(status) ? after_failure(c) : REFILL_AFTER_DEATH_NS);
 }
 
 static void
@@ -1239,10 +1295,11 @@ make_due(struct server *s, struct client *c)
     while (c->wanted > 0) {
         c->wanted--;
         int r = make_standby(s, c);
-        if (r < 0) {
+        if (r < 0) { /* as the others would: told once */
             struct afk_zygote_message message = message_of(AFK_ZYGOTE_FAILED);
             message.number = (uint32_t)-r;
             (void)send_message(c->control, &message, NULL, 0);
+            c->wanted = 0;
         }
         refill(c, REFILL_DELAY_NS);
     }
@@ -1254,7 +1311,7 @@ make_due(struct server *s, struct client *c)
     }
     /* One at a time: what the owner asks for in between goes first. */
     if (make_standby(s, c) < 0)
-        c->refill_at = now + REFILL_AFTER_DEATH_NS;
+        c->refill_at = now + after_failure(c);
 }
 
 /* They read the end of the file, and end. What their owner has sent already they read before

@@ -16,9 +16,9 @@
  *     worker -> template  ATTACH  with the end of a control socket: the worker is an owner too
  *
  * Report socket (SOCK_STREAM), owner and standby: one START down, with the descriptors that
- * the worker needs, and a byte that it reads once it has armed its lifeline, for which a
- * detach waits (afk_child_new() has the same for a fork); then the records of report.c come up, and from the template, last of
- * all, STATUS.
+ * the worker needs, and a byte that confirms it, which the worker reads once it has armed its
+ * lifeline, for which a detach waits, and before it runs anything of the user's; then the records
+ * of report.c come up, and from the template, last of all, STATUS.
  */
 #ifndef AFK_ZYGOTE_H
 #define AFK_ZYGOTE_H
@@ -26,7 +26,7 @@
 #include "core.h"
 
 #define AFK_ZYGOTE_MAGIC 0x5a4b4641u /* "AFKZ" */
-#define AFK_ZYGOTE_VERSION 1
+#define AFK_ZYGOTE_VERSION 2
 #define AFK_ZYGOTE_BODY_IN_MESSAGE 65536 /* a larger one goes through a memfd(2) */
 #define AFK_ZYGOTE_FDS_MAX 253           /* SCM_MAX_FD of the kernel */
 
@@ -46,6 +46,7 @@ struct afk_zygote_message {
     uint32_t number; /* WANT: how many; FAILED: errno */
     uint32_t ids[4]; /* HELLO: real and effective user, group; and what it has around it */
     struct afk_surroundings around;
+    struct afk_identity identity; /* HELLO: for an owner that is a worker of the template */
 };
 
 enum { AFK_OFFER_REPORT, AFK_OFFER_LIFE_READ, AFK_OFFER_LIFE_WRITE, AFK_OFFER_PIDFD, AFK_OFFER_FDS };

@@ -209,6 +209,19 @@ not_started(const struct afk_template_job *jobs, unsigned n)
     return left;
 }
 
+static void
+close_dropped(struct afk_template_job *jobs, unsigned n)
+{
+    unsigned dropped = 0;
+    for (unsigned i = 0; i < n; i++)
+        dropped += jobs[i].n_dropped;
+    if (dropped == 0)
+        return;
+    Py_BEGIN_ALLOW_THREADS
+    afk_template_close_dropped(jobs, n);
+    Py_END_ALLOW_THREADS
+}
+
 /* All of them, with the GIL: no other thread runs until the standbys have been told. While some
  * are waited for it is let go. AFK_STALE, with the reason as detail: the template has to be made
  * again for those that are not started. */
@@ -217,18 +230,24 @@ start_from_template(struct afk_template *t, struct afk_template_job *jobs, unsig
                     struct anyfork_error *reterr)
 {
     int64_t begun = afk_os_now_ns(), deadline = 0, ask_again = 0;
+    unsigned left = n;
     for (;;) {
         const char *why = NULL;
         for (unsigned i = 0; i < n; i++)
             jobs[i].asked = deadline != 0;
         int r = afk_template_start(t, jobs, n, &why, reterr);
+        close_dropped(jobs, n);
         int64_t now = afk_os_now_ns();
+        if (deadline != 0 && not_started(jobs, n) < left) { /* it is at it */
+            ask_again = now + ASK_AGAIN_NS;
+            deadline = now + TEMPLATE_TIMEOUT_NS;
+        }
+        left = not_started(jobs, n);
         if (r == -EAGAIN && now >= ask_again) {
-            unsigned wanted = not_started(jobs, n);
-            r = afk_template_want(t, wanted);
+            r = afk_template_want(t, left);
             why = "it has ended";
             if (deadline == 0)
-                afk_template_missed(t, wanted);
+                afk_template_missed(t, left);
             ask_again = now + ASK_AGAIN_NS;
             deadline = deadline == 0 ? now + TEMPLATE_TIMEOUT_NS : deadline;
             r = r == 0 ? -EAGAIN : r;

@@ -76,13 +76,15 @@ keep_streams(struct serving *serving, struct anyfork_error *reterr)
 
 /* Before the limit is raised: workers have what is found here. */
 static int
-look_around(struct afk_surroundings *ret, struct anyfork_error *reterr)
+look_around(struct afk_surroundings *ret, struct afk_identity *ret_identity,
+            struct anyfork_error *reterr)
 {
     struct afk_proc_files files;
-    struct afk_identity identity;
     int r = afk_proc_files_open(&files);
     if (r == 0) {
-        r = afk_identity_read(&files, &identity, ret);
+        r = afk_identity_read(&files, ret_identity, ret);
+        if (r == 0)
+            r = afk_identity_read_rest(&files, ret_identity);
         afk_proc_files_close(&files);
     }
     return r < 0 ? AFK_FAIL(reterr, ANYFORK_ESYSTEM, ANYFORK_STAGE_TEMPLATE, -r, "/proc") : 0;
@@ -100,6 +102,7 @@ afk_template_serve(const struct afk_server_options *options, struct anyfork_erro
 {
     struct serving serving = {.siblings = options->siblings};
     struct afk_surroundings around;
+    struct afk_identity identity;
     PyThreadState *from, *fresh;
     int r = afk_check_caller(reterr);
     if (r == 0)
@@ -120,11 +123,12 @@ afk_template_serve(const struct afk_server_options *options, struct anyfork_erro
         struct rlimit most;
         afk_layout_look_again();
         (void)getrlimit(RLIMIT_NOFILE, &serving.files);
-        r = look_around(&around, reterr);
+        r = look_around(&around, &identity, reterr);
         most = (struct rlimit){serving.files.rlim_max, serving.files.rlim_max};
         (void)setrlimit(RLIMIT_NOFILE, &most);
         struct afk_server_options with = *options;
         with.around = &around;
+        with.identity = &identity;
         if (r == 0)
             r = serve(&with, &serving, reterr);
         afk_swap_back(fresh, from);

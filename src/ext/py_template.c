@@ -7,6 +7,7 @@ struct template_object {
     PyObject_HEAD
     struct afk_template *template;
     int server_end; /* until it is taken */
+    unsigned generation; /* a forked child has closed it already */
 };
 
 static PyObject *
@@ -21,12 +22,21 @@ template_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     if (self == NULL)
         return NULL;
     self->server_end = -1;
+    self->generation = afk_generation();
     if (afk_template_new(&self->template, siblings != 0, &self->server_end, &error) < 0) {
         self->template = NULL;
         Py_DECREF(self);
         return ext_raise(&error, "zygote");
     }
     return (PyObject *)self;
+}
+
+static void
+drop_server_end(struct template_object *self)
+{
+    if (self->generation == afk_generation())
+        afk_lifeline_close(&self->server_end);
+    self->server_end = -1;
 }
 
 static void
@@ -37,7 +47,7 @@ template_dealloc(PyObject *op)
     PyObject_GC_UnTrack(op);
     if (self->template != NULL)
         afk_template_free(self->template);
-    afk_lifeline_close(&self->server_end);
+    drop_server_end(self);
     type->tp_free(op);
     Py_DECREF(type);
 }
@@ -70,7 +80,7 @@ template_server_end(PyObject *op, PyObject *Py_UNUSED(args))
 static PyObject *
 template_drop_server_end(PyObject *op, PyObject *Py_UNUSED(args))
 {
-    afk_lifeline_close(&((struct template_object *)op)->server_end);
+    drop_server_end((struct template_object *)op);
     Py_RETURN_NONE;
 }
 
@@ -80,6 +90,7 @@ template_attach(PyObject *op, PyObject *Py_UNUSED(args))
 {
     struct template_object *self = (struct template_object *)op;
     int door = afk_boot_door();
+    afk_template_set_attached(self->template);
     return PyBool_FromLong(door >= 0 && afk_template_attach(door, self->server_end) == 0);
 }
 

@@ -404,8 +404,8 @@ main(int argc, char **argv)
         slave = terminal_open(&run.terminal);
     run_prepare(&message, &stock, command.kind, command.words, command.n_words, slave);
     run_send(run.server, &message);
-    if (slave >= 0)
-        (void)close(slave);
+    /* Our own copy of the slave stays open: a program that closes all of its own, and opens
+     * /dev/tty, is not at its end. */
     for (;;)
         relay();
 }

@@ -107,6 +107,7 @@ start(struct world *world, bool asked, struct anyfork_child **ret_child)
     const char *why = NULL;
     int r = afk_template_start(world->template, &job, 1, &why, &error);
     *ret_child = job.child;
+    afk_template_close_dropped(&job, 1);
     return r;
 }
 

@@ -145,6 +145,7 @@ start_one(struct world *world, bool asked)
     jobs[1] = jobs[0];
     unsigned n = 1 + (fuzz_byte(&world->in) % 4 == 3);
     int r = afk_template_start(world->template, jobs, n, &why, &error);
+    afk_template_close_dropped(jobs, n);
     CHECK(r == 0 || r == -EAGAIN || r == -ESTALE || (r < 0 && r == error.code));
     CHECK(r != -ESTALE || why != NULL);
     for (unsigned i = 0; i < n; i++) {

@@ -124,6 +124,7 @@ int
 fuzz_one(const uint8_t *data, size_t size)
 {
     static struct afk_surroundings around;
+    static struct afk_identity identity;
     struct script script = {.in = {data, size}};
     int control[2];
     uint8_t what = fuzz_byte(&script.in);
@@ -131,6 +132,7 @@ fuzz_one(const uint8_t *data, size_t size)
     const struct afk_server_options options = {.control = control[1],
                                                .owner = getpid(),
                                                .around = &around,
+                                               .identity = &identity,
                                                .low = what % 2,
                                                .high = what / 2 % 4,
                                                .idle_ns = what < 0x80 ? 1000000 : 0,

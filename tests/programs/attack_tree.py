@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
 import sys
 import threading
 import time
+import warnings
 from typing import Any
 
 from attack_common import LIMIT, is_gone, places, raises, same, until
@@ -21,7 +23,6 @@ from attack_template import (
     no_new_privs,
     pid_of,
     set_value,
-    status_lines,
 )
 
 import anyfork
@@ -70,7 +71,7 @@ def check_options_of_many(place: str) -> None:
     mine = os.getpriority(os.PRIO_PROCESS, 0)
     children = anyfork.spawn_many(name, [()] * 40, name="of many", nice=2, stdout=-1)
     for child in children:
-        same(child.result(LIMIT), ("of many", mine + 2))
+        same(child.result(LIMIT), ("of-many", mine + 2))
         assert child.stdout is not None
         same(child.stdout.read(), b"out\n")
         child.close()
@@ -218,6 +219,15 @@ def use_a_snapshot() -> list[str]:
             break
     else:
         wrong.append("it was not lost")
+    with anyfork.snapshot() as another, another.child(["json"]) as child:
+        STATE["kept"] = ["later"]
+        expect("a child of a snapshot", child.run(first_of_state), "of now")
+        STATE["kept"] = ["of now"]
+        try:
+            child.spawn(give, fresh=True)
+            wrong.append("a fresh one of a snapshot's child")
+        except ValueError:
+            pass
     expect("another", anyfork.snapshot().run(first_of_state), "of now")
     for call in (template.reload, lambda: template.spawn(give, fresh=True)):
         try:
@@ -290,6 +300,14 @@ def check_workers_share_the_default_template(place: str) -> None:
         same(len(set(template.run(parents, 1))), 2)
 
 
+def powers() -> dict[str, str]:
+    """Of this thread."""
+    names = ("CapBnd", "CapEff", "NoNewPrivs")
+    with open("/proc/thread-self/status") as f:
+        rows = dict(line.rstrip("\n").split(":\t", 1) for line in f if ":\t" in line)
+    return {"securebits": str(securebits()), **{name: rows[name] for name in names}}
+
+
 def parents_with_less(how: str) -> tuple[list[int], int]:
     """Of this worker, and of one that it starts after it has given something up."""
     if how == "capability":
@@ -298,22 +316,41 @@ def parents_with_less(how: str) -> tuple[list[int], int]:
         no_new_privs()
     elif how == "session":
         os.setsid()
-    with anyfork.spawn(more_than, status_lines()) as child:
+    elif how == "securebits":
+        same(ctypes.CDLL(None).prctl(28, 3, 0, 0, 0), 0)  # PR_SET_SECUREBITS: SECBIT_NOROOT, locked
+    elif how == "thread":
+        return in_a_thread_of_its_own(parents_with_less, "new_privs")
+    with anyfork.spawn(more_than, powers()) as child:
         return [os.getppid(), child.result(LIMIT)[0]], child.result(LIMIT)[1]
+
+
+def in_a_thread_of_its_own(fn: Any, *args: Any) -> Any:
+    answers: list[Any] = []
+    thread = threading.Thread(target=lambda: answers.append(fn(*args)))
+    thread.start()
+    thread.join()
+    return answers[0]
+
+
+def securebits() -> int:
+    bits: int = ctypes.CDLL(None).prctl(27, 0, 0, 0, 0)  # PR_GET_SECUREBITS
+    return bits
 
 
 def more_than(owner: dict[str, str]) -> tuple[int, int]:
     """Its parent; and in how much it may do what its owner may not."""
-    mine = status_lines()
+    mine = powers()
     more = [int(mine[key], 16) & ~int(owner[key], 16) != 0 for key in ("CapBnd", "CapEff")]
-    return os.getppid(), sum(more) + (mine["NoNewPrivs"] < owner["NoNewPrivs"])
+    less = mine["NoNewPrivs"] < owner["NoNewPrivs"] or mine["securebits"] < owner["securebits"]
+    return os.getppid(), sum(more) + less
 
 
 @places("main")
 def check_a_worker_with_less_is_not_served(place: str) -> None:
     """The template asks the kernel what the worker is by now."""
     mine = pid_of(anyfork.warm())
-    for how in ("nothing", "session", "new_privs", *(["capability"] if ROOT else [])):
+    of_root = ["capability", "securebits"] if ROOT else []
+    for how in ("nothing", "session", "new_privs", "thread", *of_root):
         (own, of_its_worker), more = anyfork.run(parents_with_less, how)
         same((how, own, more), (how, mine, 0))
         same((how, of_its_worker == mine), (how, how == "nothing"))
@@ -476,15 +513,67 @@ def check_the_owner_is_the_parent(place: str) -> None:
         until(lambda: template.stats().standbys == 3, "standbys")
         for pid in [p for task in os.listdir("/proc/self/task") for p in children_of_task(task)]:
             with open(f"/proc/{pid}/comm") as f:
-                standby = f.read() == "anyfork standby\n"
+                standby = f.read() == "anyfork-standby\n"
             if standby:
                 os.kill(pid, signal.SIGKILL)
         until(lambda: template.stats().standbys == 3, "new standbys")
         until(lambda: template.stats().standbys == 1, "the end of those that nobody wants")
         same([template.run(give, n) for n in range(6)], list(range(6)))
         same(template.stats().made, 1)
-    until(lambda: "anyfork standby" not in zombies(), "the end of standbys")
+    until(lambda: "anyfork-standby" not in zombies(), "the end of standbys")
     raises(ValueError, lambda: anyfork.Template(parent="init"))  # type: ignore[arg-type]
+
+
+@places("main")
+def check_more_standbys_than_can_be_offered(place: str) -> None:
+    """The socket holds some 160 offers: the others are not made, and killed, again and again."""
+    with anyfork.Template(standby=(256, 256), parent="owner") as template:
+        until(lambda: template.stats().standbys >= 100, "standbys")
+        time.sleep(1.0)
+        same(zombies(), [])
+        children = template.spawn_many(give, [(n,) for n in range(200)])
+        same([child.result(LIMIT) for child in children], list(range(200)))
+        for child in children:
+            child.close()
+    same(zombies(), [])
+
+
+def fork_without_warnings() -> list[str]:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        pid = os.fork()
+        if pid == 0:
+            os._exit(0)
+        os.waitpid(pid, 0)
+    return [str(one.message) for one in seen]
+
+
+@places("main")
+def check_a_name_does_not_make_threads(place: str) -> None:
+    """CPython counts threads by /proc/self/stat, and takes a space in the name for a field."""
+    for options in ({}, {"nice": 5}, {"name": "a b c d"}):
+        same(anyfork.run(fork_without_warnings, **options), [])
+
+
+def local_hour() -> int:
+    return time.localtime(0).tm_hour
+
+
+@places("main")
+def check_the_time_zone_is_the_owners(place: str) -> None:
+    before = os.environ.get("TZ")
+    try:
+        for zone, hour in (("UTC0", 0), ("JST-9", 9), ("UTC0", 0)):
+            os.environ["TZ"] = zone
+            time.tzset()
+            same((zone, anyfork.run(local_hour)), (zone, hour))
+            same(anyfork.run(local_hour, env={**os.environ, "TZ": "XXX-3"}), 3)
+            same(anyfork.run(local_hour, env={**os.environ, "TZ": "XXX-3"}, method="fork"), 3)
+    finally:
+        del os.environ["TZ"]
+        if before is not None:
+            os.environ["TZ"] = before
+        time.tzset()
 
 
 @places("main")
