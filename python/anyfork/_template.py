@@ -141,7 +141,7 @@ class Template:
         on_error: Literal["raise", "warn", "ignore"] = "raise",
         parent: Literal["template", "owner"] = "template",
     ) -> None:
-        if isinstance(preload, str):
+        if isinstance(preload, str) or not isinstance(preload, Iterable):
             raise TypeError(f"preload: names of modules are wanted: [{preload!r}]")
         self._spec = _Spec(tuple(preload), setup)
         for name in self._spec.preload:
@@ -149,11 +149,16 @@ class Template:
                 raise TypeError(f"preload: names of modules are wanted, not {name!r}")
         if setup is not None and not callable(setup):
             raise TypeError(f"setup: a callable is wanted, not {type(setup).__name__}")
+        if not isinstance(standby, tuple | list) or [type(n) for n in standby] != [int, int]:
+            raise TypeError(f"standby: (low, high), two ints, is wanted, not {standby!r}")
         low, high = standby
-        if not (isinstance(low, int) and isinstance(high, int) and 0 <= low <= high <= 256):
+        if not 0 <= low <= high <= 256:
             raise ValueError(f"standby: 0 <= low <= high <= 256 is wanted, not {standby!r}")
-        if not idle > 0 or not timeout > 0:
-            raise ValueError("idle, timeout: seconds are wanted")
+        for name, seconds in (("idle", idle), ("timeout", timeout)):
+            if not isinstance(seconds, int | float):
+                raise TypeError(f"{name}: seconds are wanted, not {seconds!r}")
+            if not seconds > 0:
+                raise ValueError(f"{name}: seconds, more than 0, are wanted, not {seconds!r}")
         if audit not in ("refuse", "warn"):
             raise ValueError(f"audit: 'refuse' or 'warn' is wanted, not {audit!r}")
         if on_error not in ("raise", "warn", "ignore"):
