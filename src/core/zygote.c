@@ -60,6 +60,7 @@ send_with_fds(int socket, const struct iovec *vec, size_t n_vec, const int *fds,
     if (n_fds > 0) {
         msg.msg_control = &control;
         msg.msg_controllen = CMSG_SPACE(n_fds * sizeof(int));
+        memset(control.space, 0, msg.msg_controllen); /* what lies behind an odd number of them */
         control.header = (struct cmsghdr){.cmsg_level = SOL_SOCKET,
                                           .cmsg_type = SCM_RIGHTS,
                                           .cmsg_len = CMSG_LEN(n_fds * sizeof(int))};
