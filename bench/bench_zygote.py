@@ -278,6 +278,8 @@ def main() -> int:
     parser.add_argument("--plot", metavar="FILE", help="draw the ratios; SVG, PNG or PDF")
     options = parser.parse_args()
     warnings.simplefilter("ignore", DeprecationWarning)
+    if options.plot and importlib.util.find_spec("matplotlib") is None:
+        sys.exit("--plot: matplotlib is not installed: pip install '.[bench]'")
     try:
         importlib.util.find_spec(options.module) or sys.exit(f"{options.module}: not installed")
     except ModuleNotFoundError as exc:
