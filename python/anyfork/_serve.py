@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 from . import _anyfork, _boot, _exec, _options, _served
 from ._child import Child
 from ._errors import SpawnError
-from ._template import METHOD, Template
+from ._template import METHOD, Template, pss_kb
 
 DEFAULT_NAME = "default"
 _MAGIC, _VERSION = 0x524B4641, 1
@@ -919,9 +919,7 @@ def _title(request: Request) -> str:
 def _memory() -> int | None:
     """Of this process, proportional, in kB."""
     with contextlib.suppress(OSError):
-        for line in _read("/proc/self/smaps_rollup").splitlines():
-            if line.startswith("Pss:"):
-                return int(line.split()[1])
+        return pss_kb("self")
     return None
 
 

@@ -259,7 +259,8 @@ class Template:
             cls=_Process,
         )
 
-    def _make(self, standby: tuple[int, int] | None = None) -> _Made:
+    def _make(self, fresh: bool = False) -> _Made:
+        """``fresh``: an executed process, which is for one start."""
         link = _anyfork.Template(self._siblings)
         found, argv = list(sys.path), list(sys.argv)
         path = _pickling.search_path()
@@ -276,13 +277,13 @@ class Template:
                 _CONTROL_FD,
                 os.getpid(),
                 link.capabilities(),
-                standby or self._standby,
+                (0, 0) if fresh else self._standby,
                 self._idle,
                 self._audit,
                 self._on_error,
                 self._siblings,
             )
-            process = self._begin(args, options)
+            process = (Template._begin if fresh else type(self)._begin)(self, args, options)
         finally:
             link.drop_server_end()
         assert isinstance(process, _Process)
@@ -410,7 +411,7 @@ class Template:
         if self._closed:
             raise ValueError("this template is closed")
         call = self._pickled(fn, args)
-        made = self._make((0, 0))
+        made = self._make(fresh=True)
         try:
             child = _anyfork.spawn(Child, METHOD, _whole(made, *call), (), options, -1, made.link)
         finally:
@@ -521,9 +522,9 @@ class _Default(Template):
     def _specs(self) -> tuple[_Spec, ...]:
         return (_Spec(("cloudpickle",), None),)
 
-    def _make(self, standby: tuple[int, int] | None = None) -> _Made:
-        if self._alone or standby is not None:
-            return super()._make(standby)
+    def _make(self, fresh: bool = False) -> _Made:
+        if self._alone or fresh:
+            return super()._make(fresh)
         self._alone = True  # once it has gone, or must not serve this process any more
         link = _anyfork.Template(False)
         try:
@@ -568,15 +569,7 @@ class _Branch(Template):
             root = root._root
         if isinstance(root, _Snapshot):
             return root._start_fresh(fn, args, options)
-        whole = Template(
-            timeout=self._timeout,
-            audit=self._audit,
-            on_error=self._on_error,
-            parent="owner" if self._siblings else "template",
-        )
-        whole._specs = self._specs  # type: ignore[method-assign]
-        with contextlib.closing(whole):
-            return whole._start_fresh(fn, args, options)
+        return super()._start_fresh(fn, args, options)
 
 
 class _Snapshot(Template):
@@ -706,17 +699,21 @@ def _family(pid: int, siblings: bool) -> tuple[int, int, int | None]:
         for one, name in names.items()
         if name not in (None, "anyfork-standby") and (name == "anyfork-worker" or not siblings)
     ]
-    pss: int | None = None
+    pss = 0
     for one in (str(pid), *standbys, *workers):
         try:
-            with open(f"/proc/{one}/smaps_rollup") as f:
-                pss = (pss or 0) + next(int(line.split()[1]) for line in f if line[:4] == "Pss:")
+            pss += pss_kb(one)
         except PermissionError:  # those that are not dumpable: a part would mislead
-            pss = None
-            break
+            return len(standbys), len(workers), None
         except OSError:  # it has ended
             continue
-    return len(standbys), len(workers), pss
+    return len(standbys), len(workers), pss or None
+
+
+def pss_kb(pid: str) -> int:
+    """Of a process, what it shares divided among those who have it. Raises OSError."""
+    with open(f"/proc/{pid}/smaps_rollup") as f:
+        return next(int(line.split()[1]) for line in f if line.startswith("Pss:"))
 
 
 def _percentiles(calls: list[int]) -> tuple[float, float] | None:
@@ -770,7 +767,6 @@ def _close_all() -> None:
     """So that a template reaps its standbys, and ends alone."""
     for template in list(_templates):
         template.close()
-
 
 
 def default() -> Template:

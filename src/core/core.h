@@ -326,7 +326,7 @@ void afk_child_unref(struct anyfork_child *child);
 /* The handle of a standby that a template has offered: all that is in `fds` (see zygote.h), and in the
  * table above, is its own from here on, or closed. */
 int afk_child_new_offered(struct anyfork_child **ret_child, pid_t pid, const int *fds,
-                          bool is_our_child,                           struct anyfork_error *reterr);
+                          bool is_our_child, struct anyfork_error *reterr);
 /* A forked child arms its lifeline, or lets go of it, before it reads our byte: what disarms
  * it has to come after. Bounded, for it may be stopped. */
 void afk_child_await_armed(struct anyfork_child *child);

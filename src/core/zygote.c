@@ -231,56 +231,6 @@ struct offered {
     int fds[AFK_OFFER_FDS];
 };
 
-static int take_offer(struct afk_template *t, bool asked, bool at_once, struct anyfork_child **ret_child,
-                      struct offered *failed, const char **ret_why, struct anyfork_error *reterr);
-static void drop_dead(const struct afk_template *t, int *fds, unsigned n);
-
-/* What it has offered, and nobody has taken, would stay a zombie of ours. */
-static void
-end_siblings(struct afk_template *t)
-{
-    struct anyfork_error ignored;
-    struct offered failed = {.pid = 0};
-    const char *why;
-    struct anyfork_child *child;
-    /* It makes no more once it has read that, and closes its own end: then all have come. */
-    (void)shutdown(t->control, SHUT_WR);
-    for (int64_t until = afk_os_now_ns() + LAST_OFFERS_NS, left; (left = until - afk_os_now_ns()) > 0;) {
-        int r = take_offer(t, false, false, &child, &failed, &why, &ignored);
-        if (r == 0)
-            anyfork_child_close(child);
-        else if (r == -ESTALE || (r == -EAGAIN && afk_template_wait(t, left) == -ETIMEDOUT))
-            break;
-    }
-    if (failed.pid > 0)
-        drop_dead(t, failed.fds, AFK_OFFER_FDS);
-}
-
-void
-afk_template_shutdown(struct afk_template *t)
-{
-    if (!is_foreign(t))
-        (void)shutdown(t->control, SHUT_WR);
-}
-
-void
-afk_template_close(struct afk_template *t)
-{
-    if (is_foreign(t))
-        return;
-    if (t->siblings && t->control >= 0)
-        end_siblings(t);
-    afk_lifeline_close(&t->control);
-    afk_proc_files_close(&t->files);
-}
-
-void
-afk_template_free(struct afk_template *t)
-{
-    afk_template_close(t);
-    free(t);
-}
-
 void
 afk_template_capabilities(const struct afk_template *t, uint64_t ret[3])
 {
@@ -466,6 +416,52 @@ take_offer(struct afk_template *t, bool asked, bool at_once, struct anyfork_chil
         }
     }
     return -EAGAIN;
+}
+
+void
+afk_template_shutdown(struct afk_template *t)
+{
+    if (!is_foreign(t))
+        (void)shutdown(t->control, SHUT_WR);
+}
+
+/* What it has offered, and nobody has taken, would stay a zombie of ours. */
+static void
+end_siblings(struct afk_template *t)
+{
+    struct anyfork_error ignored;
+    struct offered failed = {.pid = 0};
+    const char *why;
+    struct anyfork_child *child;
+    /* It makes no more once it has read that, and closes its own end: then all have come. */
+    afk_template_shutdown(t);
+    for (int64_t until = afk_os_now_ns() + LAST_OFFERS_NS, left; (left = until - afk_os_now_ns()) > 0;) {
+        int r = take_offer(t, false, false, &child, &failed, &why, &ignored);
+        if (r == 0)
+            anyfork_child_close(child);
+        else if (r == -ESTALE || (r == -EAGAIN && afk_template_wait(t, left) == -ETIMEDOUT))
+            break;
+    }
+    if (failed.pid > 0)
+        drop_dead(t, failed.fds, AFK_OFFER_FDS);
+}
+
+void
+afk_template_close(struct afk_template *t)
+{
+    if (is_foreign(t))
+        return;
+    if (t->siblings && t->control >= 0)
+        end_siblings(t);
+    afk_lifeline_close(&t->control);
+    afk_proc_files_close(&t->files);
+}
+
+void
+afk_template_free(struct afk_template *t)
+{
+    afk_template_close(t);
+    free(t);
 }
 
 /* ---- the owner: a start ---------------------------------------------------------------- */
@@ -869,13 +865,11 @@ static int
 confirm(struct anyfork_child *child)
 {
     struct afk_child_view view;
-    struct afk_report report;
     const struct iovec go = {"g", 1};
     afk_child_view(child, &view);
     if (send_with_fds(view.status_fd, &go, 1, NULL, 0, MSG_DONTWAIT) == 0)
         return 0;
-    ssize_t n = recv(view.status_fd, &report, sizeof report, MSG_PEEK | MSG_DONTWAIT);
-    return n == (ssize_t)sizeof report && report.kind == AFK_REPORT_ERROR ? 0 : -EAGAIN;
+    return has_failed(view.status_fd) ? 0 : -EAGAIN;
 }
 
 static bool
