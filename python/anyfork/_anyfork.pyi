@@ -93,6 +93,9 @@ def stream_is_open(number: int, /) -> bool:
 def stamp(paths: tuple[bytes, ...], /) -> int:
     """A number that is another one once one of the files is."""
 
+def set_comm(name: str, /) -> None:
+    """/proc/self/comm, cut to 15 bytes, with dashes for spaces."""
+
 def set_title(title: str, /) -> None:
     """What ps shows of this process."""
 

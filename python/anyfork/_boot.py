@@ -655,8 +655,7 @@ def main() -> None:
     """In a fresh interpreter of method exec: read the target, call it, end. Never returns."""
     _parent, report_fd, target_fd, name = sys.argv[1:5]
     if name:
-        with open("/proc/self/comm", "wb") as comm:
-            comm.write(os.fsencode(name)[:15])
+        _anyfork.set_comm(name)
     with open(int(target_fd), "rb") as file:
         data = file.read()
     sys.path[:], sys.argv[:], *_rest = pickle.loads(data)

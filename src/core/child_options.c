@@ -468,14 +468,21 @@ find_arguments(char **ret_start, char **ret_end)
 }
 
 void
-afk_child_set_name(const char *name)
+afk_child_set_comm(const char *name)
 {
-    char *start, *end, comm[16] = "";
+    char comm[16] = "";
     /* Without spaces: CPython takes the number of threads from behind so many of them
      * (Modules/posixmodule.c, get_number_of_os_threads()), and warns at a fork. */
     for (size_t i = 0; i < sizeof comm - 1 && name[i] != '\0'; i++)
         comm[i] = name[i] == ' ' ? '-' : name[i];
     (void)prctl(PR_SET_NAME, comm);
+}
+
+void
+afk_child_set_name(const char *name)
+{
+    char *start, *end;
+    afk_child_set_comm(name);
     if (!find_arguments(&start, &end))
         return;
     while (*name != '\0' && start + 1 < end)

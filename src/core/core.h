@@ -296,7 +296,8 @@ void afk_child_place_fds(struct afk_plan *plan);
 void afk_child_set_signals(const struct afk_plan *plan);
 /* What a fork's handlers must not be in the way of, nor be hindered by: umask to name. */
 void afk_child_apply(const struct afk_plan *plan);
-/* What ps(1) shows of this process. */
+/* /proc/self/comm; and that with all that ps(1) shows of this process. */
+void afk_child_set_comm(const char *name);
 void afk_child_set_name(const char *name);
 _Noreturn void afk_child_exec(const struct afk_plan *plan);
 

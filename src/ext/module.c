@@ -269,6 +269,18 @@ ext_set_title(PyObject *Py_UNUSED(module), PyObject *title)
     Py_RETURN_NONE;
 }
 
+/* set_comm(name): /proc/self/comm alone. */
+static PyObject *
+ext_set_comm(PyObject *Py_UNUSED(module), PyObject *name)
+{
+    PyObject *bytes;
+    if (!PyUnicode_FSConverter(name, &bytes))
+        return NULL;
+    afk_child_set_comm(PyBytes_AS_STRING(bytes));
+    Py_DECREF(bytes);
+    Py_RETURN_NONE;
+}
+
 static PyObject *
 append(PyObject *list, PyObject *row)
 {
@@ -501,6 +513,7 @@ static PyMethodDef functions[] = {
     {"stream_is_open", ext_stream_is_open, METH_O, NULL},
     {"holds", ext_holds, METH_O, NULL},
     {"stamp", ext_stamp, METH_VARARGS, NULL},
+    {"set_comm", ext_set_comm, METH_O, NULL},
     {"set_title", ext_set_title, METH_O, NULL},
     {"cuda_state", ext_cuda_state, METH_O, NULL},
     {"fork_hooks", ext_fork_hooks, METH_NOARGS, NULL},

@@ -552,7 +552,8 @@ def fork_without_warnings() -> list[str]:
 def check_a_name_does_not_make_threads(place: str) -> None:
     """CPython counts threads by /proc/self/stat, and takes a space in the name for a field."""
     for options in ({}, {"nice": 5}, {"name": "a b c d"}):
-        same(anyfork.run(fork_without_warnings, **options), [])
+        for method in ("zygote", "exec"):
+            same(anyfork.run(fork_without_warnings, method=method, **options), [])
 
 
 def local_hour() -> int:
