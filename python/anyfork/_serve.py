@@ -55,6 +55,7 @@ _GRACE_SECONDS = 5.0
 _STOP_SECONDS = 30.0
 _PAUSE_SECONDS = 0.1
 _LOOKED_SECONDS = 0.05
+_LOOK_AGAIN_SECONDS = 0.1
 _BACKLOG = 256
 _HANDOVER = "ANYFORK_SERVE_HANDOVER"
 _BOOT = "import sys; sys.path.append(sys.argv.pop(1)); from anyfork._cli import main; main()"
@@ -251,6 +252,26 @@ def _powers(folder: int) -> dict[str, str]:
     return found
 
 
+def _zombie_status(child: Child, mine: dict[str, str]) -> int | None:
+    """How a worker ended that its parent has not reaped; None: it has, or that is not shown."""
+    assert child.pidfd is not None
+    try:
+        folder = os.open(f"/proc/{child.pid}", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        signal.pidfd_send_signal(child.pidfd, 0)  # not reaped: the number is still its own
+        state, *_rest, status = _read("stat", folder).rpartition(")")[2].split()
+        theirs = dict(_FIELDS.findall(_read("status", folder)))
+    except OSError:
+        return None
+    finally:
+        os.close(folder)
+    # Of those whom we may not trace 0 is shown.
+    shown = all(theirs.get(what) == mine[what] for what in ("Uid", "Gid", "CapPrm"))
+    return int(status) if state == "Z" and shown else None
+
+
 def _cgroups(folder: int) -> tuple[str, str]:
     """The path in the cgroup v2, and all of v1."""
     v2, v1 = "", []
@@ -392,8 +413,9 @@ class _Client:
         self.peer = _Peer(connection)
         self.deadline: float | None = time.monotonic() + _SILENCE_SECONDS
         self.child: Child | None = None
-        self.wake_fd = -1
-        self.told = False
+        self.watched: set[int] = set()
+        self.told = self.told_end = False
+        self.look_again: float | None = None  # its worker has ended, and nobody tells how
         self.gone = False
         self.looked = 0.0  # when nothing of what is loaded had changed
         self.moved = False  # to another cgroup than ours
@@ -500,6 +522,7 @@ class Server:
 
     def _timeout(self) -> float | None:
         times = [c.deadline for c in self._clients if c.deadline is not None]
+        times += [c.look_again for c in self._clients if c.look_again is not None]
         if self._paused_until is not None:
             times.append(self._paused_until)
         if self._stopping is not None:
@@ -513,6 +536,8 @@ class Server:
         for client in list(self._clients):
             if client.deadline is not None and client.deadline <= now:
                 self._refuse(client, "nothing was asked for in time")
+            if client.look_again is not None and client.look_again <= now:
+                self._look_again(client)
         if self._paused_until is not None and self._paused_until <= now:
             self._paused_until = None
             if self._stopping is None:
@@ -818,17 +843,20 @@ class Server:
     # ---- workers ----------------------------------------------------------------------------
 
     def _watch(self, client: _Client) -> None:
-        """The descriptor that tells of its worker changes once in its life."""
-        assert client.child is not None
-        fd = client.child.wake_fd
-        if fd == client.wake_fd:
-            return
-        if client.wake_fd >= 0:
-            self._selector.unregister(client.wake_fd)
-        client.wake_fd = fd
-        self._selector.register(fd, selectors.EVENT_READ, lambda _: self._news(client))
+        """Its worker's reports, while there may be any; and its end, which its template may be
+        late to tell, or never tell: when that has stopped."""
+        child = client.child
+        assert child is not None and child.pidfd is not None
+        wanted = {child.report_fd, child.pidfd} - {-1}
+        if client.look_again is not None:
+            wanted.discard(child.pidfd)  # it stays readable
+        for fd in client.watched - wanted:
+            self._selector.unregister(fd)
+        for fd in wanted - client.watched:
+            self._selector.register(fd, selectors.EVENT_READ, lambda fd: self._news(client, fd))
+        client.watched = wanted
 
-    def _news(self, client: _Client) -> None:
+    def _news(self, client: _Client, fd: int) -> None:
         child = client.child
         assert child is not None
         if child.is_alive():
@@ -836,14 +864,30 @@ class Server:
                 client.told = True
                 assert child.pid is not None and child.pidfd is not None
                 self._send(client, STARTED, child.pid, fds=(child.pidfd,))
+            if fd == child.pidfd:
+                client.look_again = time.monotonic() + _LOOK_AGAIN_SECONDS
             self._watch(client)
             return
-        self._selector.unregister(client.wake_fd)
-        if not client.gone:
+        for watched in client.watched:
+            self._selector.unregister(watched)
+        client.look_again = None
+        if not client.gone and not client.told_end:
             self._tell_end(client, child)
         child.close()
         client.child = None
         self._drop(client)
+
+    def _look_again(self, client: _Client) -> None:
+        """Its template, which has it as a zombie, has not told of its end yet."""
+        child = client.child
+        assert child is not None
+        client.look_again = time.monotonic() + _LOOK_AGAIN_SECONDS
+        if client.told and not client.told_end and child.is_alive():
+            status = _zombie_status(child, self._powers)
+            if status is not None:
+                client.told_end = True
+                self._send(client, ENDED, status)
+        self._news(client, -1)
 
     def _tell_end(self, client: _Client, child: Child) -> None:
         if not child._ready:

@@ -708,7 +708,9 @@ afk_child_view(struct anyfork_child *child, struct afk_child_view *ret_view)
     }
     (void)pthread_mutex_lock(&child->lock);
     ret_view->pidfd = child->pidfd;
-    ret_view->status_fd = child->no_more_reports ? -1 : child->status_fd;
+    /* EXIT is a worker's last. Behind it comes what its template tells, late if that has stopped. */
+    bool told_all = child->no_more_reports || (child->has_exit_report && !child->in_process);
+    ret_view->status_fd = told_all ? -1 : child->status_fd;
     ret_view->ready = child->ready;
     ret_view->ended = child->ended;
     ret_view->status_from = child->status_from;

@@ -15,10 +15,12 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/prctl.h>
 #include <sys/signalfd.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 #ifndef SYS_pidfd_send_signal
@@ -27,7 +29,7 @@
 #ifndef PIDFD_SIGNAL_PROCESS_GROUP
 #define PIDFD_SIGNAL_PROCESS_GROUP (1u << 2) /* linux/pidfd.h, 6.9 */
 #endif
-#define UNANSWERED_MS 1000 /* a signal waits for the worker, but not for ever */
+#define UNANSWERED_MS 1000 /* a signal waits for the server, but not for ever */
 #define BACKGROUND_MS 200 /* nobody tells when a job that runs comes to the foreground */
 
 static const char help[] =
@@ -55,7 +57,10 @@ static const char help[] =
 struct run {
     int server, signals, pidfd;
     pid_t pid;
-    bool started, signalled; /* and the signal not read yet */
+    bool started, ended; /* the worker, of whose end the server has not told yet */
+    bool signalled;      /* and nobody there to pass it on to */
+    int passed_on;       /* the last signal that the worker was sent; 0: none of late */
+    int64_t passed_on_ms;
     struct terminal terminal;
 };
 
@@ -207,6 +212,21 @@ die_of(int sig)
     _exit(128 + sig);
 }
 
+static int64_t
+now_ms(void)
+{
+    struct timespec now;
+    (void)clock_gettime(CLOCK_MONOTONIC, &now);
+    return (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
+}
+
+/* Nobody to whom a signal could be passed on: not yet, or not any more. */
+static bool
+is_alone(void)
+{
+    return !run.started || run.ended;
+}
+
 static void
 signal_group(int sig)
 {
@@ -243,6 +263,10 @@ pass_on(const struct signalfd_siginfo *info)
 {
     int sig = (int)info->ssi_signo;
     bool from_terminal = info->ssi_code == SI_KERNEL;
+    if (sig != SIGTSTP && sig != SIGCONT && sig != SIGWINCH) {
+        run.passed_on = sig;
+        run.passed_on_ms = now_ms();
+    }
     if (sig == SIGTSTP)
         suspend();
     else if (sig == SIGCONT)
@@ -255,7 +279,6 @@ pass_on(const struct signalfd_siginfo *info)
         (void)syscall(SYS_pidfd_send_signal, run.pidfd, sig, NULL, 0);
 }
 
-/* Nobody has answered. */
 static void
 act_on(int sig)
 {
@@ -268,16 +291,12 @@ act_on(int sig)
 }
 
 static void
-read_signals(void)
+pass_on_signals(void)
 {
     struct signalfd_siginfo info;
     run.signalled = false;
-    while (read(run.signals, &info, sizeof info) == (ssize_t)sizeof info) {
-        if (run.started)
-            pass_on(&info);
-        else
-            act_on((int)info.ssi_signo);
-    }
+    while (read(run.signals, &info, sizeof info) == (ssize_t)sizeof info)
+        pass_on(&info);
 }
 
 /* ---- the worker ------------------------------------------------------------------------ */
@@ -290,6 +309,42 @@ end_as(int status)
         die_of(WTERMSIG(status));
     terminal_restore(&run.terminal);
     exit(WEXITSTATUS(status));
+}
+
+/* struct pidfd_info of linux/pidfd.h, as in Linux 6.15, which older headers lack. */
+struct exit_info {
+    uint64_t mask, cgroup;
+    uint32_t ids[11];
+    int32_t status;
+};
+#define EXIT_INFO _IOWR(0xff, 11, struct exit_info) /* PIDFD_GET_INFO */
+#define EXIT_INFO_KNOWN (1u << 3)                   /* PIDFD_INFO_EXIT */
+
+/* The server has not answered: of a worker that has ended the kernel may tell. */
+static void
+act_unanswered(void)
+{
+    struct exit_info end = {.mask = EXIT_INFO_KNOWN};
+    struct signalfd_siginfo info;
+    run.signalled = false;
+    if (run.ended && ioctl(run.pidfd, EXIT_INFO, &end) == 0 && (end.mask & EXIT_INFO_KNOWN) != 0)
+        end_as(end.status);
+    while (read(run.signals, &info, sizeof info) == (ssize_t)sizeof info)
+        act_on((int)info.ssi_signo);
+    if (run.passed_on != 0)
+        act_on(run.passed_on);
+}
+
+/* What came as it ended it may not have seen. The keyboard sends signals to us from now on. */
+static void
+note_end(void)
+{
+    run.ended = true;
+    terminal_restore(&run.terminal);
+    if (run.passed_on != 0 && now_ms() - run.passed_on_ms < UNANSWERED_MS)
+        run.signalled = true;
+    else
+        run.passed_on = 0;
 }
 
 static void
@@ -330,7 +385,7 @@ type(void)
         suspend();
 }
 
-enum { SERVER, SIGNALS, KEYBOARD, SCREEN, MASTER, N_WATCHED };
+enum { SERVER, WORKER, SIGNALS, KEYBOARD, SCREEN, MASTER, N_WATCHED };
 
 static void
 watch(struct pollfd *watched, int fd, int events)
@@ -347,12 +402,14 @@ choose(struct pollfd fds[N_WATCHED])
     for (int i = 0; i < N_WATCHED; i++)
         fds[i].fd = -1;
     watch(&fds[SERVER], run.server, POLLIN);
-    if (!run.started && run.signalled)
+    if (is_alone() && run.signalled)
         return UNANSWERED_MS;
     watch(&fds[SIGNALS], run.signals, POLLIN);
+    if (!is_alone())
+        watch(&fds[WORKER], run.pidfd, POLLIN);
     if (t->master < 0 || !run.started)
         return -1;
-    if (!t->raw)
+    if (!t->raw && !run.ended)
         terminal_make_raw(t);
     if (t->raw && !t->input_gone)
         watch(&fds[KEYBOARD], STDIN_FILENO, t->in_size == 0 ? POLLIN : 0);
@@ -360,7 +417,7 @@ choose(struct pollfd fds[N_WATCHED])
     if (!t->output_gone)
         watch(&fds[MASTER], t->master,
               (t->out_size == 0 ? POLLIN : 0) | (t->in_size > 0 ? POLLOUT : 0));
-    return t->raw || t->input_gone ? -1 : BACKGROUND_MS;
+    return t->raw || t->input_gone || run.ended ? -1 : BACKGROUND_MS;
 }
 
 /* One round: what can be done now. */
@@ -373,10 +430,14 @@ relay(void)
     int n = poll(fds, N_WATCHED, choose(fds));
     if (n < 0)
         return;
-    if (run.started ? fds[SIGNALS].revents != 0 : n == 0 && run.signalled)
-        read_signals();
-    else if (fds[SIGNALS].revents != 0)
+    if (fds[WORKER].revents != 0)
+        note_end();
+    if (is_alone() && run.signalled && n == 0)
+        act_unanswered();
+    else if (is_alone() && fds[SIGNALS].revents != 0)
         run.signalled = true;
+    else if (fds[SIGNALS].revents != 0)
+        pass_on_signals();
     if (fds[SCREEN].revents != 0)
         terminal_write_output(t);
     if ((fds[MASTER].revents & (POLLIN | POLLHUP | POLLERR)) != 0 && t->out_size == 0)

@@ -702,6 +702,21 @@ def check_wake_fd(place: str) -> None:
             assert loop.poll(LIMIT), (method, "the wake-up is lost")
 
 
+def check_wake_fd_while_the_template_is_stopped(place: str) -> None:
+    """A worker tells of its end itself: the template, which has it as a zombie, does not."""
+    with anyfork.Template() as template, template.spawn(time.sleep, 0.3) as child:
+        pid = template.stats().pid
+        assert pid is not None
+        child.wait_ready(LIMIT)
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            while child.is_alive():
+                assert select.select([child.wake_fd], [], [], LIMIT)[0], "it is not told"
+            same(child.result(0), None)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+
+
 def check_what_has_arrived_outlives_the_handle(place: str) -> None:
     for method in available():
         with anyfork.spawn(pow, 2, 5, method=method) as child:

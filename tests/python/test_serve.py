@@ -526,6 +526,71 @@ def test_a_server_that_is_killed(served: Served) -> None:
         until(lambda: is_gone(pid))
 
 
+@contextlib.contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        until(lambda: Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "T")
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+@contextlib.contextmanager
+def killed_after(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait(TIMEOUT)
+
+
+def test_programs_end_while_the_template_is_stopped(served: Served) -> None:
+    served.start(name="no-template")
+    args = ("--name", "no-template", "-c", "raise SystemExit(3)")
+    null = subprocess.DEVNULL
+    until(lambda: served.status("no-template")["standbys"] == 8)
+    time.sleep(0.2)  # the last one is offered
+    with stopped(served.status("no-template")["template_pid"]):
+        for _ in range(8):
+            with killed_after(served.popen(*args, stdout=null, stderr=null)) as process:
+                assert process.wait(10) == 3
+        # Nobody makes another standby.
+        with killed_after(served.popen(*args, stdout=null, stderr=null)) as process:
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(0.2)
+            process.terminate()
+            assert process.wait(10) == -signal.SIGTERM
+
+
+@pytest.mark.parametrize("sig", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_programs_are_killed_while_the_template_is_stopped(served: Served, sig: int) -> None:
+    with served.running() as (process, pid), stopped(served.status()["template_pid"]):
+        assert process.stdout.readline() == b"up\n"
+        if sig == signal.SIGKILL:
+            os.kill(pid, sig)
+        else:
+            process.send_signal(sig)
+        assert process.wait(10) == -sig
+
+
+def test_a_signal_while_the_server_is_stopped(served: Served) -> None:
+    server = served.start(name="no-server")
+    with (
+        served.running(LONG, "--name", "no-server") as (process, pid),
+        served.running("input()", "--name", "no-server", stdin=subprocess.PIPE) as (other, its_pid),
+        stopped(server),
+    ):
+        process.terminate()
+        assert process.wait(10) == -signal.SIGTERM
+        assert is_gone(pid)
+        other.stdin.write(b"\n")
+        other.stdin.flush()
+        until(lambda: is_gone(its_pid))
+        other.terminate()
+        assert other.wait(10) in (0, -signal.SIGTERM)  # the kernel tells, or not
+
+
 def test_stop_and_continue(served: Served) -> None:
     code = "import time\nn = 0\nwhile True:\n    n += 1; print(n, flush=True); time.sleep(0.02)"
 
