@@ -379,10 +379,16 @@ def _search_path() -> list[str]:
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
     command = [_exec.interpreter(), *flags, "-P", "-c", "import sys; print(ascii(sys.path))"]
-    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=True)
+    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
     import ast
 
-    return [path for path in ast.literal_eval(run.stdout) if path]
+    if run.returncode != 0:
+        raise Trouble(
+            f"{command[0]} cannot tell its sys.path (status {run.returncode}): "
+            f"{run.stderr.strip() or 'it says nothing'}; mend what it loads when it starts"
+        )
+    said = run.stdout.splitlines()  # sitecustomize may print, too
+    return [path for path in ast.literal_eval(said[-1]) if path]
 
 
 def _python_path(value: str, cwd: str) -> list[str]:
@@ -445,11 +451,7 @@ class Server:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         self._at_start = {name: os.environ.get(name) for name in _AT_START}
         self._ignored = self._ignored_signals()
-        self._base_path = _search_path()
-        here = os.getcwd()
-        sys.path[:] = [*_python_path(os.environ.get("PYTHONPATH", ""), here), *self._base_path]
-        if _PACKAGE_PARENT not in sys.path:
-            sys.path.append(_PACKAGE_PARENT)
+        self._base_path: list[str] = []
         self._own = _Files(
             [
                 os.path.realpath(_exec.interpreter()),
@@ -473,6 +475,14 @@ class Server:
         return found - {signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT}
 
     # ---- its life ---------------------------------------------------------------------
+
+    def find_modules(self) -> None:
+        """Set sys.path for those that are preloaded. Raises Trouble, and what subprocess does."""
+        self._base_path = _search_path()
+        here = os.getcwd()
+        sys.path[:] = [*_python_path(os.environ.get("PYTHONPATH", ""), here), *self._base_path]
+        if _PACKAGE_PARENT not in sys.path:
+            sys.path.append(_PACKAGE_PARENT)
 
     def warm(self) -> None:
         """Make the template. Raises what an import in it raised; SpawnError."""
@@ -1036,9 +1046,11 @@ def serve(config: Config, ready_fd: int) -> int:
     listener, lock = _take_place(config.name, directory)
     server = Server(config, directory, listener, lock)
     try:
+        server.find_modules()
         server.warm()
     except BaseException as exc:
-        why = f"the template cannot be made: {type(exc).__name__}: {exc}"
+        what = exc if isinstance(exc, Trouble) else f"{type(exc).__name__}: {exc}"
+        why = f"the template cannot be made: {what}"
         server.refuse_waiting(why)
         server._close()
         if isinstance(exc, KeyboardInterrupt):

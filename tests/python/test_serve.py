@@ -1326,6 +1326,45 @@ def test_an_interpreter_that_changes(served: Served, tmp_path: Path) -> None:
     served.stop("renewed")
 
 
+def test_a_server_that_cannot_become_anew(served: Served) -> None:
+    """Who waits in its socket is told why."""
+    name, folder = "unfounded", served.runtime / "anyfork"
+    code = (
+        "import os\n"
+        "from anyfork import _exec, _serve\n"
+        "_exec.interpreter = lambda: os.environ['BROKEN']\n"
+        f"config = _serve.Config({name!r}, (), 0, 'refuse')\n"
+        "raise SystemExit(_serve.command(lambda: _serve.serve(config, -1)))\n"
+    )
+    broken = served.home / "broken-python"
+    broken.write_text("#!/bin/sh\necho no encodings >&2\nexit 1\n")
+    broken.chmod(0o755)
+    null = subprocess.DEVNULL
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(folder / f"{name}.sock"))
+        listener.listen(8)
+        waiting = served.popen("--name", name, "-c", "1", stdout=null)
+        until(lambda: select.select([listener], [], [], 0)[0])
+        lock = os.open(folder / f"{name}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        run = subprocess.run(
+            [sys.executable, "-c", code], timeout=TIMEOUT, capture_output=True, text=True,
+            pass_fds=(lock, listener.fileno()),
+            env={
+                **served.env,
+                "BROKEN": str(broken),
+                "ANYFORK_SERVE_HANDOVER": f"{lock},{listener.fileno()}",
+            },
+        )  # fmt: skip
+        os.close(lock)
+    _out, err = waiting.communicate(timeout=TIMEOUT)
+    assert run.returncode == 1, run
+    assert waiting.returncode == 125
+    for said in (run.stderr, err.decode()):
+        assert "the template cannot be made" in said
+        assert "no encodings" in said
+    assert not (folder / f"{name}.sock").exists()
+
+
 # ---- the command line ----------------------------------------------------------------------
 
 
