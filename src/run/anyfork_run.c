@@ -46,6 +46,7 @@ static const char help[] =
     "  --name NAME  the server (default: default)\n"
     "  --help       this text\n"
     "  --version    the version\n"
+    "  --           the end of options: what follows is a script, or -\n"
     "\n"
     "Exit status: the program's; if it was killed, the same signal kills this command.\n"
     "             2 on wrong usage, or if no server of that name runs; 125 if the\n"
@@ -113,12 +114,18 @@ static void
 take_program(struct command *command, char **argv)
 {
     static char empty[] = "", *nothing[] = {empty, NULL};
+    bool is_script = argv[0] != NULL && strcmp(argv[0], "--") == 0;
+    argv += is_script;
     if (argv[0] == NULL) {
         command->kind = '-';
         command->words = nothing;
     }
     else if (strcmp(argv[0], "-") == 0) {
         command->kind = '-';
+        command->words = argv;
+    }
+    else if (is_script || argv[0][0] != '-') {
+        command->kind = 's';
         command->words = argv;
     }
     else if (strncmp(argv[0], "-c", 2) == 0 || strncmp(argv[0], "-m", 2) == 0) {
@@ -131,12 +138,8 @@ take_program(struct command *command, char **argv)
         if (command->words[0] == NULL)
             wrong_usage(command->kind == 'c' ? "-c wants the code" : "-m wants a module", "");
     }
-    else if (argv[0][0] == '-') {
-        wrong_usage("unknown option ", argv[0]);
-    }
     else {
-        command->kind = 's';
-        command->words = argv;
+        wrong_usage("unknown option ", argv[0]);
     }
     while (command->words[command->n_words] != NULL)
         command->n_words++;

@@ -1399,6 +1399,15 @@ def test_options_behind_the_program_are_its_own(served: Served) -> None:
     assert ended.out == "['-c', '--name', 'x', '--help']\n"
 
 
+def test_the_end_of_options(served: Served) -> None:
+    (served.home / "-c").write_text("import sys; print('script', sys.argv)\n")
+    for args in (["--", "-c", "--name", "x"], ["-c", "import sys; print(sys.argv)", "--", "x"]):
+        assert served.run(*args) == served.run(*args, python=True)
+    assert served.run("--name", "default", "--", "-c").out == "script ['-c']\n"
+    assert served.run("--", "-", "a", input="import sys; print(sys.argv)").out == "['-', 'a']\n"
+    assert served.run("--", input="print(1)").out == "1\n"
+
+
 def test_no_interactive_mode(terminal: Callable[..., Terminal]) -> None:
     t = terminal()
     assert t.wait() == 2
