@@ -107,13 +107,17 @@ find_folder(char *to, size_t size)
 }
 
 static _Noreturn void
-no_server(const char *folder, const char *name)
+no_server(const char *folder, const char *name, bool has_socket)
 {
     bool other = strcmp(name, "default") != 0;
     run_die(RUN_WRONG_USAGE,
-            "no server listens at %s/%s.sock. Start one:\n"
+            "no server listens at %s/%s.sock.%s Start one:\n"
             "    anyfork serve --detach%s%s --preload MODULE,MODULE",
-            folder, name, other ? " --name " : "", other ? name : "");
+            folder, name,
+            has_socket ? " If one is just starting, it listens once it has loaded its modules: wait "
+                         "for `anyfork serve --detach` to return. Else it was killed."
+                       : "",
+            other ? " --name " : "", other ? name : "");
 }
 
 static void
@@ -136,7 +140,7 @@ run_connect(const char *name)
     find_folder(folder, sizeof folder);
     int dir = open(folder, O_PATH | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
     if (dir < 0 && errno == ENOENT)
-        no_server(folder, name);
+        no_server(folder, name, false);
     if (dir < 0)
         run_die(RUN_FAILED, "%s: %s", folder, strerror(errno));
     if (fstat(dir, &st) < 0 || st.st_uid != geteuid() || (st.st_mode & 077) != 0)
@@ -153,7 +157,7 @@ run_connect(const char *name)
         r = connect(fd, (const struct sockaddr *)&address, sizeof address);
     while (r < 0 && errno == EINTR);
     if (r < 0 && (errno == ENOENT || errno == ECONNREFUSED))
-        no_server(folder, name);
+        no_server(folder, name, errno == ECONNREFUSED);
     if (r < 0)
         run_die(RUN_FAILED, "%s/%s.sock: %s", folder, name, strerror(errno));
     (void)close(dir);

@@ -1094,6 +1094,27 @@ def test_stale_socket(served: Served) -> None:
     assert not path.exists()
 
 
+def test_a_server_that_still_loads(served: Served, tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(
+        "import os, time\nwhile not os.path.exists(os.environ['GO']): time.sleep(0.02)\n"
+    )
+    env = {**served.env, "PYTHONPATH": str(tmp_path), "GO": str(tmp_path / "go")}
+    if "PYTHONPATH" in served.env:
+        env["PYTHONPATH"] += os.pathsep + served.env["PYTHONPATH"]
+    args = ["serve", "--detach", "--name", "slow", "--preload", "slow"]
+    served.names.add("slow")
+    starting = subprocess.Popen([sys.executable, "-m", "anyfork", *args], env=env)
+    try:
+        until((served.runtime / "anyfork" / "slow.sock").exists)
+        ended = served.run("--name", "slow", "-c", "1")
+        assert (ended.returncode, "once it has loaded its modules" in ended.err) == (2, True)
+    finally:
+        (tmp_path / "go").touch()
+        assert starting.wait(TIMEOUT) == 0
+    assert served.run("--name", "slow", "-c", "print(1)").out == "1\n"
+    served.stop("slow")
+
+
 def test_stop_ends_programs(served: Served) -> None:
     pid = served.start(name="stopped")
     deaf = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + LONG
