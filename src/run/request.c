@@ -265,6 +265,8 @@ send_all(int server, const struct run_request *request, const int *fds, unsigned
     do
         n = sendmsg(server, &msg, MSG_NOSIGNAL);
     while (n < 0 && errno == EINTR);
+    if (n < 0 && (errno == EPIPE || errno == ECONNRESET))
+        return; /* it has refused us unheard, and we hear why */
     if (n < 0 && errno == ETOOMANYREFS)
         run_die(RUN_FAILED, "more descriptors of yours are on their way between processes than the "
                             "hard limit of open files allows: raise it (ulimit -Hn)");
@@ -330,9 +332,11 @@ run_receive(int server, struct run_answer *ret, int *ret_pidfd)
                          .msg_control = &control,
                          .msg_controllen = sizeof control};
     ssize_t n;
+    int resets = 0;
+    /* A reset, by a server that closes what it has not read, comes before what it said. */
     do
         n = recvmsg(server, &msg, MSG_CMSG_CLOEXEC);
-    while (n < 0 && errno == EINTR);
+    while (n < 0 && (errno == EINTR || (errno == ECONNRESET && resets++ == 0)));
     if (n <= 0)
         return false;
     *ret_pidfd = take_descriptor(&msg);
