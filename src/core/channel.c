@@ -231,11 +231,12 @@ send_shared(struct afk_channel *channel, const struct afk_message *message, stru
     struct afk_lease lease;
     if (!has_room(channel))
         return -EAGAIN;
-    int r = afk_ring_take(channel->ring, frame->body_bytes, &lease);
+    int r = afk_ring_take(channel->ring, frame->body_bytes, message->n_parts, &lease);
     if (r < 0)
         return r;
-    afk_body_write(lease.data, message->parts, message->n_parts, AFK_SEGMENT_ALIGN);
-    r = send_frame(channel, message, frame, &lease);
+    r = afk_lease_write(&lease, message->parts, message->n_parts);
+    if (r == 0)
+        r = send_frame(channel, message, frame, &lease);
     afk_ring_give(channel->ring, &lease, r == 0);
     return r;
 }
@@ -309,7 +310,9 @@ find_parts(struct afk_channel *channel, struct afk_received *r, int fd, const ch
     const void *body = r->datagram + sizeof r->frame;
     struct afk_frame *f = &r->frame;
     bool shared = (f->flags & AFK_FRAME_SHARED) != 0;
-    int code = shared ? afk_mappings_take(channel->mappings, f, fd, &r->mapping, &body, ret_why) : 0;
+    int code = shared ? afk_mappings_take(channel->mappings, f, fd, &r->mapping, &body,
+                                           &r->copy, ret_why)
+                      : 0;
     if (code < 0)
         return code;
     *ret_why = "a message whose body is too short";
@@ -326,7 +329,8 @@ find_parts(struct afk_channel *channel, struct afk_received *r, int fd, const ch
 }
 
 static int
-take_message(struct afk_channel *channel, struct afk_received *r, size_t bytes, const char **ret_why)
+take_message(struct afk_channel *channel, struct afk_received *r, size_t bytes,
+             const char **ret_why)
 {
     struct afk_frame *f = &r->frame;
     *ret_why = afk_frame_check(f, bytes, r->n_fds, channel->message_max);
@@ -380,6 +384,7 @@ afk_channel_receive(struct afk_channel *channel, struct afk_received *r, const c
 {
     r->parts = r->few;
     r->mapping = NULL;
+    r->copy = true;
     r->n_parts = r->n_fds = 0;
     if (!enter(channel))
         return refuse(channel);
@@ -411,7 +416,8 @@ afk_channel_wait(struct afk_channel *channel, bool for_writing, int also, int64_
 {
     if (!enter(channel))
         return refuse(channel);
-    struct pollfd p[] = {{.fd = atomic_load(&channel->fd), .events = for_writing ? POLLOUT : POLLIN},
+    short events = for_writing ? POLLOUT : POLLIN;
+    struct pollfd p[] = {{.fd = atomic_load(&channel->fd), .events = events},
                          {.fd = also, .events = POLLIN}};
     int r = afk_os_poll(p, also >= 0 ? 2 : 1, timeout_ns);
     leave(channel);

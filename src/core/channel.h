@@ -5,7 +5,7 @@
  * A message is one datagram (SOCK_SEQPACKET), so that nothing is ever half read: a frame, and
  * behind it the body, if that is small. A larger body stands in a *segment*, a memfd that both
  * have mapped: the sender's to write to while nobody reads it. It is sent once, with the first
- * message that stands in it, and used again when the receiver lets go of the last part.
+ * message that stands in it, and used again when the receiver has let go of all parts.
  *
  * Body: the sizes of the parts (u64), then the parts, each at the next multiple of the
  * alignment; inside a datagram of 8, in a segment of 64.
@@ -20,7 +20,7 @@
 
 #define AFK_FRAME_MAGIC 0x434b4641u /* "AFKC" */
 #define AFK_FRAME_VERSION 1
-#define AFK_INLINE_MAX 32768 /* bytes of a body that goes in the datagram */
+#define AFK_INLINE_MAX 16384 /* bytes of a body that goes in the datagram: measured */
 #define AFK_INLINE_ALIGN 8
 #define AFK_SEGMENT_ALIGN 64
 #define AFK_PARTS_MAX (1u << 20)
@@ -29,6 +29,11 @@
 #define AFK_SLOTS 64                       /* segments of one direction that are kept */
 #define AFK_KEEP_BYTES ((size_t)256 << 20) /* the same, in bytes */
 #define AFK_SEGMENT_MIN 65536
+/* A receiver has views of what is larger; and of what is larger than this, where its views take
+ * half of the slots, or the segment is temporary: else it copies, so that many small messages
+ * which are kept take neither all slots, nor a mapping of the process each. */
+#define AFK_COPY_MAX 65536
+#define AFK_COPY_MORE (1u << 20)
 
 enum afk_frame_flag {
     AFK_FRAME_SHARED = 1u << 0,    /* the body is in the segment of `slot` */
@@ -53,6 +58,7 @@ struct afk_frame {
 
 /* ---- wire.c: frame and body, no system calls --------------------------------- */
 
+uint64_t afk_align_up(uint64_t n, size_t align);
 /* Of the body, or 0: more parts, or more bytes, than a message may have. */
 uint64_t afk_body_bytes(const struct iovec *parts, unsigned n_parts, uint64_t message_max,
                         size_t align);
@@ -71,15 +77,17 @@ const char *afk_frame_check(const struct afk_frame *frame, size_t bytes, unsigne
 struct afk_ring;
 /* What one message stands in, until it is sent. */
 struct afk_lease {
-    char *data; /* its first byte behind the head, of an aligned address */
     size_t segment_bytes;
     unsigned slot; /* AFK_SLOTS: temporary */
     int fd;        /* of one that is new; else -1 */
-    void *base;
+    void *base;    /* NULL: temporary, and to be written to */
 };
 struct afk_ring *afk_ring_new(void); /* or NULL */
-/* 0 or a negative errno. */
-int afk_ring_take(struct afk_ring *ring, uint64_t body_bytes, struct afk_lease *ret_lease);
+/* 0, and then afk_ring_give(); or a negative errno. */
+int afk_ring_take(struct afk_ring *ring, uint64_t body_bytes, unsigned n_parts,
+                  struct afk_lease *ret_lease);
+/* The body. 0 or a negative errno. */
+int afk_lease_write(const struct afk_lease *lease, const struct iovec *parts, unsigned n_parts);
 void afk_ring_give(struct afk_ring *ring, struct afk_lease *lease, bool was_sent);
 /* Frees what is not in use. */
 void afk_ring_trim(struct afk_ring *ring);
@@ -92,9 +100,10 @@ struct afk_mappings;
 struct afk_mapping;
 struct afk_mappings *afk_mappings_new(void); /* or NULL */
 /* The segment of a frame that has been checked, in use with one view; `fd` stays the caller's.
- * 0, with *ret_body. -EBADMSG: *ret_why is what is wrong: "a message ...". Or a negative errno. */
+ * 0, with *ret_body, and whether parts are to be copied. -EBADMSG: *ret_why is what is wrong: "a
+ * message ...". Or a negative errno. */
 int afk_mappings_take(struct afk_mappings *mappings, const struct afk_frame *frame, int fd,
-                      struct afk_mapping **ret_mapping, const void **ret_body,
+                      struct afk_mapping **ret_mapping, const void **ret_body, bool *ret_copy,
                       const char **ret_why);
 void afk_mappings_count(struct afk_mappings *mappings, unsigned *ret_n, uint64_t *ret_bytes);
 /* Those in use stay until their last view has gone. */
@@ -134,6 +143,7 @@ struct afk_received {
     struct iovec *parts;
     unsigned n_parts;
     struct afk_mapping *mapping; /* what the parts are in; NULL: in `datagram` */
+    bool copy;                   /* no views are wanted: let go of it soon */
     unsigned n_fds;
     int fds[AFK_FDS_MAX]; /* the receiver's */
     struct iovec few[AFK_FEW_PARTS];

@@ -346,8 +346,8 @@ union control {
 };
 
 int
-afk_os_send_with_fds(int socket, const struct iovec *vec, size_t n_vec, const int *fds, unsigned n_fds,
-              int flags)
+afk_os_send_with_fds(int socket, const struct iovec *vec, size_t n_vec, const int *fds,
+                     unsigned n_fds, int flags)
 {
     union control control;
     struct msghdr msg = {.msg_iov = (struct iovec *)(uintptr_t)vec, .msg_iovlen = n_vec};
@@ -371,8 +371,8 @@ afk_os_send_with_fds(int socket, const struct iovec *vec, size_t n_vec, const in
 }
 
 ssize_t
-afk_os_receive_with_fds(int socket, void *to, size_t size, int *fds, unsigned max, unsigned *ret_n,
-                 struct ucred *ret_from, int flags)
+afk_os_receive_with_fds(int socket, void *to, size_t size, int *fds, unsigned max,
+                        unsigned *ret_n, struct ucred *ret_from, int flags)
 {
     union control control;
     struct iovec vec = {to, size};
@@ -440,9 +440,9 @@ memfd_create_sealable(const char *name)
     return fd;
 }
 
-/* Where it is not there memory is found as it is touched, which may end the process. */
-static int
-allocate(int fd, size_t size)
+/* Where that is not there memory is found as it is touched, which may end the process. */
+int
+afk_os_allocate(int fd, size_t size)
 {
     int r = 0;
     for (size_t at = 0; r >= 0 && at < size; at += ALLOCATE_BATCH) {
@@ -463,13 +463,29 @@ afk_os_memfd(const char *name, size_t size)
         return fd;
     int r = AFK_SYS("ftruncate", result(ftruncate(fd, (off_t)size)));
     if (r == 0)
-        r = allocate(fd, size);
-    if (r == 0)
-        r = AFK_SYS("fcntl(F_ADD_SEALS)", result(fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW)));
+        r = AFK_SYS("fcntl(F_ADD_SEALS)",
+                    result(fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW)));
     if (r == 0)
         return fd;
     (void)close(fd);
     return r;
+}
+
+int
+afk_os_pwrite_all(int fd, const void *buf, size_t size, size_t at)
+{
+    const char *p = buf;
+    while (size > 0) {
+        ssize_t n = AFK_SYS("pwrite", (n = pwrite(fd, p, size, (off_t)at)) < 0 ? -errno : n);
+        if (n == -EINTR)
+            continue;
+        if (n <= 0)
+            return n < 0 ? (int)n : -ENOSPC;
+        p += n;
+        at += (size_t)n;
+        size -= (size_t)n;
+    }
+    return 0;
 }
 
 int
@@ -479,7 +495,8 @@ afk_os_memfd_check(int fd, size_t size)
     int seals = fcntl(fd, F_GET_SEALS);
     if (seals < 0 || fstat(fd, &st) < 0)
         return -errno;
-    return (seals & F_SEAL_SHRINK) != 0 && st.st_size >= 0 && (uint64_t)st.st_size == size ? 0 : -EINVAL;
+    bool is_right = (seals & F_SEAL_SHRINK) != 0 && (uint64_t)st.st_size == size;
+    return is_right ? 0 : -EINVAL;
 }
 
 int
@@ -492,7 +509,9 @@ afk_os_map(int fd, size_t size, size_t writable, void **ret_base)
                                 : 0);
     if (r < 0)
         return r;
-    if (writable < size)
+    if (writable == size)
+        (void)madvise(base, size, MADV_DONTFORK);
+    else if (writable > 0)
         r = AFK_SYS("mprotect", result(mprotect(base, writable, PROT_READ | PROT_WRITE)));
     if (r < 0)
         (void)munmap(base, size);

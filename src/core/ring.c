@@ -2,10 +2,11 @@
  * Segments: memfds that sender and receiver of one direction have both mapped.
  *
  * Rules: a segment holds one message at a time. Its first page has one word that both write:
- * the sender makes it IN_USE, the receiver FREE when the last view of the message has gone, the
- * sender RETIRED when it drops the segment, at which the receiver looks whenever a message
- * comes through another one. Nothing waits for the other side: where all segments are in use, the
- * next message gets a temporary one.
+ * the sender makes it IN_USE, the receiver FREE when the last view of the message has gone; or
+ * LEFT where a forked child may have views too, who then has that memory for itself. The sender
+ * makes it RETIRED when it drops the segment, at which the receiver looks whenever a new one
+ * comes. Nothing waits for the other side: where all segments are in use, the next message gets
+ * a temporary one.
  *
  * Memory is faulted in once: a segment is kept for the next message that fits.
  */
@@ -16,7 +17,11 @@
 #include <string.h>
 #include <unistd.h>
 
-enum { FREE, IN_USE, RETIRED };
+/* Of a part: from there on a system call takes less than the faults of memory that is mapped for
+ * one message alone. */
+#define WRITTEN_MIN 65536
+
+enum { FREE, IN_USE, LEFT, RETIRED };
 struct head {
     _Atomic(uint32_t) state;
 };
@@ -74,19 +79,25 @@ afk_ring_new(void)
 }
 
 static bool
-is_free(const struct segment *s)
+is_in_state(const struct segment *s, uint32_t state)
 {
     return s->base != NULL && !s->filling &&
-           atomic_load_explicit(&head_of(s->base)->state, memory_order_acquire) == FREE;
+           atomic_load_explicit(&head_of(s->base)->state, memory_order_acquire) == state;
+}
+
+static bool
+is_free(const struct segment *s)
+{
+    return is_in_state(s, FREE);
 }
 
 static void
 retire(struct afk_ring *ring, struct segment *s)
 {
     size_t head = head_bytes();
+    if (is_free(s)) /* at once, though the receiver has it mapped until it looks */
+        afk_os_discard((char *)s->base + head, s->bytes - head);
     atomic_store_explicit(&head_of(s->base)->state, RETIRED, memory_order_release);
-    /* At once, though the receiver has it mapped until it looks. */
-    afk_os_discard((char *)s->base + head, s->bytes - head);
     afk_os_unmap(s->base, s->bytes);
     ring->bytes -= s->bytes;
     *s = (struct segment){.base = NULL};
@@ -114,6 +125,14 @@ find_empty(struct afk_ring *ring)
     return NULL;
 }
 
+static void
+retire_left(struct afk_ring *ring)
+{
+    for (unsigned i = 0; i < AFK_SLOTS; i++)
+        if (is_in_state(&ring->slot[i], LEFT))
+            retire(ring, &ring->slot[i]);
+}
+
 static bool
 retire_oldest(struct afk_ring *ring)
 {
@@ -131,6 +150,7 @@ static struct segment *
 reserve(struct afk_ring *ring, size_t bytes)
 {
     struct segment *s;
+    retire_left(ring);
     if (bytes > AFK_KEEP_BYTES)
         return NULL;
     while ((s = find_empty(ring)) == NULL || ring->bytes + bytes > AFK_KEEP_BYTES)
@@ -143,12 +163,14 @@ reserve(struct afk_ring *ring, size_t bytes)
 }
 
 static int
-make(struct afk_lease *lease)
+make(struct afk_lease *lease, bool mapped)
 {
     lease->fd = afk_os_memfd("anyfork-channel", lease->segment_bytes);
     if (lease->fd < 0)
         return lease->fd;
-    int r = afk_os_map(lease->fd, lease->segment_bytes, lease->segment_bytes, &lease->base);
+    int r = mapped ? afk_os_allocate(lease->fd, lease->segment_bytes) : 0;
+    if (r == 0 && mapped)
+        r = afk_os_map(lease->fd, lease->segment_bytes, lease->segment_bytes, &lease->base);
     if (r == 0)
         return 0;
     afk_os_close(lease->fd);
@@ -166,7 +188,8 @@ cancel(struct afk_ring *ring, struct segment *s)
 }
 
 int
-afk_ring_take(struct afk_ring *ring, uint64_t body_bytes, struct afk_lease *lease)
+afk_ring_take(struct afk_ring *ring, uint64_t body_bytes, unsigned n_parts,
+              struct afk_lease *lease)
 {
     size_t bytes = segment_bytes_for(body_bytes);
     *lease = (struct afk_lease){.segment_bytes = bytes, .slot = AFK_SLOTS, .fd = -1};
@@ -186,16 +209,39 @@ afk_ring_take(struct afk_ring *ring, uint64_t body_bytes, struct afk_lease *leas
     }
     (void)pthread_mutex_unlock(&ring->lock);
     if (lease->base == NULL) {
-        int r = make(lease); /* outside of the lock: it may take long */
+        /* Outside of the lock: it may take long. */
+        int r = make(lease, s != NULL || body_bytes / WRITTEN_MIN < n_parts);
         if (r < 0) {
             if (s != NULL)
                 cancel(ring, s);
             return r;
         }
     }
-    atomic_store_explicit(&head_of(lease->base)->state, IN_USE, memory_order_relaxed);
-    lease->data = (char *)lease->base + head_bytes();
+    if (s != NULL)
+        atomic_store_explicit(&head_of(lease->base)->state, IN_USE, memory_order_relaxed);
     return 0;
+}
+
+int
+afk_lease_write(const struct afk_lease *lease, const struct iovec *parts, unsigned n_parts)
+{
+    size_t head = head_bytes();
+    if (lease->base != NULL) {
+        afk_body_write((char *)lease->base + head, parts, n_parts, AFK_SEGMENT_ALIGN);
+        return 0;
+    }
+    /* What lies between the parts is zero, and in pages that are written to. */
+    int r = 0;
+    uint64_t at = (uint64_t)n_parts * sizeof(uint64_t);
+    for (unsigned i = 0; r == 0 && i < n_parts; i++) {
+        uint64_t size = parts[i].iov_len;
+        at = afk_align_up(at, AFK_SEGMENT_ALIGN);
+        r = afk_os_pwrite_all(lease->fd, &size, sizeof size, head + i * sizeof size);
+        if (r == 0)
+            r = afk_os_pwrite_all(lease->fd, parts[i].iov_base, size, head + at);
+        at += size;
+    }
+    return r;
 }
 
 void
@@ -204,7 +250,8 @@ afk_ring_give(struct afk_ring *ring, struct afk_lease *lease, bool was_sent)
     bool is_new = lease->fd >= 0;
     afk_os_close(lease->fd);
     if (lease->slot == AFK_SLOTS) {
-        afk_os_unmap(lease->base, lease->segment_bytes);
+        if (lease->base != NULL)
+            afk_os_unmap(lease->base, lease->segment_bytes);
         return;
     }
     struct segment *s = &ring->slot[lease->slot];
@@ -225,6 +272,7 @@ void
 afk_ring_trim(struct afk_ring *ring)
 {
     (void)pthread_mutex_lock(&ring->lock);
+    retire_left(ring);
     while (retire_oldest(ring))
         ;
     (void)pthread_mutex_unlock(&ring->lock);
@@ -243,7 +291,8 @@ afk_ring_count(struct afk_ring *ring, unsigned *ret_n, uint64_t *ret_bytes)
 void
 afk_ring_free(struct afk_ring *ring)
 {
-    for (unsigned i = 0; i < AFK_SLOTS; i++)
+    bool is_ours = ring->generation == afk_generation(); /* a forked child does not have them */
+    for (unsigned i = 0; is_ours && i < AFK_SLOTS; i++)
         if (ring->slot[i].base != NULL)
             afk_os_unmap(ring->slot[i].base, ring->slot[i].bytes);
     (void)pthread_mutex_destroy(&ring->lock);
@@ -256,6 +305,7 @@ struct afk_mapping {
     atomic_uint refs;  /* of its slot, and of a message that is in it */
     atomic_uint views; /* 0: the sender may use it */
     unsigned generation;
+    unsigned forks; /* when the message came */
     bool temporary;
     void *base;
     size_t bytes;
@@ -297,7 +347,8 @@ afk_mapping_unref(struct afk_mapping *mapping)
         return;
     /* A forked child has views of its own, of memory that its parent still reads. */
     if (!mapping->temporary && mapping->generation == afk_generation())
-        atomic_store_explicit(&head_of(mapping->base)->state, FREE, memory_order_release);
+        atomic_store_explicit(&head_of(mapping->base)->state,
+                              mapping->forks == afk_forks() ? FREE : LEFT, memory_order_release);
     drop(mapping);
 }
 
@@ -312,14 +363,14 @@ map(const struct afk_frame *frame, int fd, struct afk_mapping **ret, const char 
     struct afk_mapping *m = AFK_ALLOC("calloc(mapping)", calloc(1, sizeof *m));
     if (m == NULL)
         return -ENOMEM;
-    int r = afk_os_map(fd, bytes, head, &m->base);
-    if (r < 0) {
-        free(m);
-        return r == -EPERM || r == -EACCES ? -EBADMSG : r; /* sealed against writing, or not open for it */
-    }
     m->bytes = bytes;
     m->generation = afk_generation();
     m->temporary = (frame->flags & AFK_FRAME_TEMPORARY) != 0;
+    int r = afk_os_map(fd, bytes, m->temporary ? 0 : head, &m->base);
+    if (r < 0) {
+        free(m);
+        return r == -EPERM || r == -EACCES ? -EBADMSG : r; /* sealed, or not open, for that */
+    }
     atomic_init(&m->refs, 1);
     *ret = m;
     return 0;
@@ -331,14 +382,14 @@ is_in_use(struct afk_mapping *m)
     return atomic_load_explicit(&m->views, memory_order_acquire) != 0;
 }
 
-/* Those that the sender has dropped. Only where it keeps a new one can there be any. */
+/* Those that the sender has dropped, or will. Only where it keeps a new one can there be any. */
 static void
 drop_retired(struct afk_mappings *m)
 {
     for (unsigned i = 0; i < AFK_SLOTS; i++) {
         struct afk_mapping *one = m->slot[i];
         if (one != NULL && !is_in_use(one) &&
-            atomic_load_explicit(&head_of(one->base)->state, memory_order_relaxed) == RETIRED) {
+            atomic_load_explicit(&head_of(one->base)->state, memory_order_relaxed) >= LEFT) {
             m->slot[i] = NULL;
             drop(one);
         }
@@ -376,9 +427,21 @@ find(struct afk_mappings *m, const struct afk_frame *frame, const char **ret_why
     return mapping;
 }
 
+static bool
+is_better_copied(struct afk_mappings *m, const struct afk_mapping *mapping, uint64_t body_bytes)
+{
+    unsigned in_use = 0;
+    if (body_bytes <= AFK_COPY_MAX || body_bytes > AFK_COPY_MORE)
+        return body_bytes <= AFK_COPY_MAX;
+    for (unsigned i = 0; i < AFK_SLOTS; i++)
+        in_use += m->slot[i] != NULL && is_in_use(m->slot[i]);
+    return mapping->temporary || in_use > AFK_SLOTS / 2;
+}
+
 int
 afk_mappings_take(struct afk_mappings *m, const struct afk_frame *frame, int fd,
-                  struct afk_mapping **ret_mapping, const void **ret_body, const char **ret_why)
+                  struct afk_mapping **ret_mapping, const void **ret_body, bool *ret_copy,
+                  const char **ret_why)
 {
     bool is_new = (frame->flags & AFK_FRAME_NEW) != 0;
     struct afk_mapping *mapping = NULL;
@@ -390,8 +453,11 @@ afk_mappings_take(struct afk_mappings *m, const struct afk_frame *frame, int fd,
         r = (mapping = find(m, frame, ret_why)) != NULL ? 0 : -EBADMSG;
     else if (!mapping->temporary)
         r = place(m, frame->slot, mapping, ret_why);
-    if (r == 0)
+    if (r == 0) {
+        *ret_copy = is_better_copied(m, mapping, frame->body_bytes);
+        mapping->forks = afk_forks();
         atomic_store(&mapping->views, 1);
+    }
     (void)pthread_mutex_unlock(&m->lock);
     if (r < 0) {
         if (is_new)

@@ -15,8 +15,8 @@ overhead_max(unsigned n_parts, size_t align)
     return (uint64_t)n_parts * (sizeof(uint64_t) + align) + align;
 }
 
-static uint64_t
-align_up(uint64_t n, size_t align)
+uint64_t
+afk_align_up(uint64_t n, size_t align)
 {
     return (n + align - 1) & ~(uint64_t)(align - 1);
 }
@@ -31,9 +31,9 @@ afk_body_bytes(const struct iovec *parts, unsigned n_parts, uint64_t message_max
         if (parts[i].iov_len > message_max - total)
             return 0;
         total += parts[i].iov_len;
-        at = align_up(at, align) + parts[i].iov_len;
+        at = afk_align_up(at, align) + parts[i].iov_len;
     }
-    return align_up(at, align) + (n_parts == 0 ? align : 0); /* never 0 */
+    return afk_align_up(at, align) + (n_parts == 0 ? align : 0); /* never 0 */
 }
 
 void
@@ -42,14 +42,14 @@ afk_body_write(void *to, const struct iovec *parts, unsigned n_parts, size_t ali
     char *body = to;
     uint64_t at = (uint64_t)n_parts * sizeof(uint64_t);
     for (unsigned i = 0; i < n_parts; i++) {
-        uint64_t size = parts[i].iov_len, begin = align_up(at, align);
+        uint64_t size = parts[i].iov_len, begin = afk_align_up(at, align);
         memcpy(body + i * sizeof size, &size, sizeof size);
         memset(body + at, 0, begin - at); /* nothing of ours, nor of an earlier message */
         if (size > 0)
             memcpy(body + begin, parts[i].iov_base, size);
         at = begin + size;
     }
-    memset(body + at, 0, align_up(at, align) + (n_parts == 0 ? align : 0) - at);
+    memset(body + at, 0, afk_align_up(at, align) + (n_parts == 0 ? align : 0) - at);
 }
 
 const char *
@@ -61,7 +61,7 @@ afk_body_parse(const void *body, uint64_t body_bytes, uint64_t message_max, size
     if (at > body_bytes)
         return "a message whose body is too short";
     for (unsigned i = 0; i < n_parts; i++) {
-        uint64_t size, begin = align_up(at, align);
+        uint64_t size, begin = afk_align_up(at, align);
         memcpy(&size, bytes + i * sizeof size, sizeof size);
         if (begin > body_bytes || size > body_bytes - begin)
             return "a message whose parts are not inside of its body";
@@ -69,7 +69,7 @@ afk_body_parse(const void *body, uint64_t body_bytes, uint64_t message_max, size
         ret_parts[i] = (struct iovec){(void *)(uintptr_t)(bytes + begin), (size_t)size};
         at = begin + size;
     }
-    if (align_up(at, align) + (n_parts == 0 ? align : 0) != body_bytes)
+    if (afk_align_up(at, align) + (n_parts == 0 ? align : 0) != body_bytes)
         return "a message whose parts are not all of its body";
     return total <= message_max ? NULL : "a message larger than this end takes (message_max)";
 }

@@ -211,8 +211,8 @@ afk_template_hello(struct afk_template *t)
         return -ESTALE;
     if (atomic_load(&t->ready))
         return 1;
-    ssize_t n = afk_os_receive_with_fds(t->control, &message, sizeof message, fds, AFK_OFFER_FDS, &n_fds,
-                                 NULL, MSG_DONTWAIT);
+    ssize_t n = afk_os_receive_with_fds(t->control, &message, sizeof message, fds, AFK_OFFER_FDS,
+                                        &n_fds, NULL, MSG_DONTWAIT);
     if (n == -EAGAIN)
         return 0;
     close_all(fds, n_fds);
@@ -303,7 +303,7 @@ take_offer(struct afk_template *t, bool asked, bool at_once, struct anyfork_chil
         /* A fork of another thread must not get what is in no table yet. */
         bool begun = afk_lifeline_begin();
         ssize_t n = afk_os_receive_with_fds(t->control, &message, sizeof message, fds, AFK_OFFER_FDS,
-                                     &n_fds, NULL, MSG_DONTWAIT);
+                                            &n_fds, NULL, MSG_DONTWAIT);
         int r = 0;
         for (unsigned i = 0; i < n_fds && r == 0; i++) {
             r = afk_os_raise(&fds[i], ABOVE_STREAMS);
@@ -1026,8 +1026,8 @@ take_messages(struct client *c)
         struct afk_zygote_message message;
         int fds[1];
         unsigned n_fds;
-        ssize_t n = afk_os_receive_with_fds(c->control, &message, sizeof message, fds, 1, &n_fds, NULL,
-                                     MSG_DONTWAIT);
+        ssize_t n = afk_os_receive_with_fds(c->control, &message, sizeof message, fds, 1, &n_fds,
+                                            NULL, MSG_DONTWAIT);
         if (n == -EAGAIN)
             return;
         close_all(fds, n_fds);
@@ -1123,8 +1123,8 @@ open_the_door(struct server *s)
         struct ucred from = {.pid = -1};
         int control = -1;
         unsigned n_fds;
-        ssize_t n = afk_os_receive_with_fds(s->door[0], &message, sizeof message, &control, 1, &n_fds,
-                                     &from, MSG_DONTWAIT);
+        ssize_t n = afk_os_receive_with_fds(s->door[0], &message, sizeof message, &control, 1,
+                                            &n_fds, &from, MSG_DONTWAIT);
         if (n == -EAGAIN)
             return;
         bool ok = n > 0 && is_ours(&message, n) && message.op == AFK_ZYGOTE_ATTACH && n_fds == 1 &&
@@ -1638,7 +1638,8 @@ afk_start_receive(int fd, pid_t owner, struct afk_start *start)
     start->setup.cgroup_dir = start->setup.cgroup_procs = start->setup.cgroup_kill = -1;
     start->cwd_fd = start->guard_fd = -1;
     /* The head is smaller than any piece that the kernel would cut a message into. */
-    ssize_t n = afk_os_receive_with_fds(fd, &head, sizeof head, fds, AFK_ZYGOTE_FDS_MAX, &n_fds, &from, 0);
+    ssize_t n = afk_os_receive_with_fds(fd, &head, sizeof head, fds, AFK_ZYGOTE_FDS_MAX, &n_fds,
+                                        &from, 0);
     if (n <= 0)
         return n == -ECONNRESET ? 0 : (int)n;
     int r = n != (ssize_t)sizeof head || !is_whole(&head) ? -EPROTO : 0;

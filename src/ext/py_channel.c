@@ -9,6 +9,7 @@
 #include "core/channel.h"
 
 #define COPY_WITHOUT_GIL (256u << 10)
+#define FREE_WITHOUT_GIL (16 << 20)
 #define FEW_BUFFERS 8
 
 /* ---- View: a part of a message, in a segment ---------------------------------------- */
@@ -39,8 +40,12 @@ view_dealloc(PyObject *op)
 {
     PyTypeObject *type = Py_TYPE(op);
     struct afk_mapping *mapping = ((struct view_object *)op)->mapping;
+    /* It may be the end of the memory. */
+    PyThreadState *ts = ((struct view_object *)op)->size > FREE_WITHOUT_GIL ? PyEval_SaveThread() : NULL;
     if (mapping != NULL)
         afk_mapping_unref(mapping);
+    if (ts != NULL)
+        PyEval_RestoreThread(ts);
     type->tp_free(op);
     Py_DECREF(type);
 }
@@ -108,10 +113,14 @@ raise_code(int code)
     }
     if (code == -EPIPE || code == -ECONNRESET)
         return raise_errno(-code, "the peer has closed the channel");
+    if (code == -ETOOMANYREFS)
+        return raise_errno(-code, "too many descriptors are on their way: let the receivers go "
+                                  "on, or raise RLIMIT_NOFILE");
     if (code == -ENOMEM)
         return PyErr_NoMemory();
     if (code == -EMFILE || code == -ENFILE)
-        return raise_errno(-code, "no descriptor left for the message: close some, or raise RLIMIT_NOFILE");
+        return raise_errno(-code, "no descriptor left for the message: close some, or raise "
+                                  "RLIMIT_NOFILE");
     errno = -code;
     return PyErr_SetFromErrno(PyExc_OSError);
 }
@@ -158,8 +167,8 @@ take_arguments(const char *function, const char *const *names, Py_ssize_t needed
     while (names[n] != NULL)
         n++;
     if (n_args < needed || n_args > n) {
-        PyErr_Format(PyExc_TypeError, "%s() takes %zd to %zd positional arguments, not %zd", function,
-                     needed, n, n_args);
+        PyErr_Format(PyExc_TypeError, "%s() takes %zd to %zd positional arguments, not %zd",
+                     function, needed, n, n_args);
         return false;
     }
     for (Py_ssize_t i = 0; i < n_args; i++)
@@ -170,7 +179,8 @@ take_arguments(const char *function, const char *const *names, Py_ssize_t needed
         while (i < n && PyUnicode_CompareWithASCIIString(name, names[i]) != 0)
             i++;
         if (i == n) {
-            PyErr_Format(PyExc_TypeError, "%s() got an unexpected keyword argument '%U'", function, name);
+            PyErr_Format(PyExc_TypeError, "%s() got an unexpected keyword argument '%U'", function,
+                         name);
             return false;
         }
         ret[i] = args[n_args + k];
@@ -321,9 +331,9 @@ parts_of(PyObject *op, const struct afk_received *r)
     PyObject *tuple = PyTuple_New((Py_ssize_t)r->n_parts);
     for (unsigned i = 0; tuple != NULL && i < r->n_parts; i++) {
         const struct iovec *part = &r->parts[i];
-        PyObject *one = r->mapping != NULL
-                            ? view_of((PyTypeObject *)state->view_type, r->mapping, part)
-                            : PyBytes_FromStringAndSize(part->iov_base, (Py_ssize_t)part->iov_len);
+        PyObject *one = r->copy
+                            ? PyBytes_FromStringAndSize(part->iov_base, (Py_ssize_t)part->iov_len)
+                            : view_of((PyTypeObject *)state->view_type, r->mapping, part);
         if (one == NULL)
             Py_CLEAR(tuple);
         else
@@ -383,7 +393,8 @@ channel_receive(PyObject *op, PyObject *Py_UNUSED(args))
     if (r != -EBADMSG)
         return raise_code(r);
     char text[200];
-    (void)snprintf(text, sizeof text, "the peer sent %s; the channel is closed: start the worker again", why);
+    (void)snprintf(text, sizeof text,
+                   "the peer sent %s; the channel is closed: start the worker again", why);
     return raise_errno(ECONNABORTED, text);
 }
 
@@ -405,7 +416,8 @@ to_ns(PyObject *seconds, const char *name, int64_t *ret)
 
 /* Until the deadline, -1: none. The GIL is held while `spin_until` has not passed. */
 static int
-wait_until(struct afk_channel *channel, bool for_writing, int also, int64_t deadline, int64_t spin_until)
+wait_until(struct afk_channel *channel, bool for_writing, int also, int64_t deadline,
+           int64_t spin_until)
 {
     int64_t now = 0;
     int r = afk_channel_wait(channel, for_writing, also, 0);
@@ -413,7 +425,7 @@ wait_until(struct afk_channel *channel, bool for_writing, int also, int64_t dead
         return r;
     while (r == 0 && spin_until > 0 && (now = afk_os_now_ns()) < spin_until &&
            (deadline < 0 || now < deadline))
-        r = afk_channel_wait(channel, for_writing, also, 0);
+        r = PyErr_CheckSignals() < 0 ? -ECANCELED : afk_channel_wait(channel, for_writing, also, 0);
     while (r == 0 || r == -EINTR) {
         if (r == -EINTR && PyErr_CheckSignals() < 0)
             return -ECANCELED;
@@ -528,11 +540,13 @@ get_closed(PyObject *op, void *Py_UNUSED(closure))
 #define FAST (METH_FASTCALL | METH_KEYWORDS)
 static PyMethodDef channel_methods[] = {
     {"send", (PyCFunction)(void (*)(void))channel_send, FAST,
-     "send($self, kind, id, parts, /, fds=())\n--\n\nOne message; False if there is no room for it now."},
+     "send($self, kind, id, parts, /, fds=())\n--\n\n"
+     "One message; False if there is no room for it now."},
     {"receive", channel_receive, METH_NOARGS,
      "receive($self, /)\n--\n\n(kind, id, parts, fds), or None if nothing is there now."},
     {"wait", (PyCFunction)(void (*)(void))channel_wait, FAST,
-     "wait($self, /, timeout=None, spin=0.0, also=-1)\n--\n\n1: readable; 2: `also` is; 0: neither."},
+     "wait($self, /, timeout=None, spin=0.0, also=-1)\n--\n\n"
+     "1: readable; 2: `also` is; 0: neither."},
     {"wait_writable", (PyCFunction)(void (*)(void))channel_wait_writable, FAST,
      "wait_writable($self, /, timeout=None)\n--\n\nWhether there is room for a message."},
     {"fileno", channel_fileno, METH_NOARGS, NULL},
