@@ -225,6 +225,13 @@ has_room(struct afk_channel *channel)
     return unread < 0 || (size_t)unread < channel->send_buffer;
 }
 
+/* mmap(2) says so of locked memory, mlockall(2). Nothing tells when to try it again. */
+static int
+not_again(int r)
+{
+    return r == -EAGAIN ? -ENOMEM : r;
+}
+
 static int
 send_shared(struct afk_channel *channel, const struct afk_message *message, struct afk_frame *frame)
 {
@@ -233,8 +240,8 @@ send_shared(struct afk_channel *channel, const struct afk_message *message, stru
         return -EAGAIN;
     int r = afk_ring_take(channel->ring, frame->body_bytes, message->n_parts, &lease);
     if (r < 0)
-        return r;
-    r = afk_lease_write(&lease, message->parts, message->n_parts);
+        return not_again(r);
+    r = not_again(afk_lease_write(&lease, message->parts, message->n_parts));
     if (r == 0)
         r = send_frame(channel, message, frame, &lease);
     afk_ring_give(channel->ring, &lease, r == 0);
@@ -314,7 +321,7 @@ find_parts(struct afk_channel *channel, struct afk_received *r, int fd, const ch
                                            &r->copy, ret_why)
                       : 0;
     if (code < 0)
-        return code;
+        return not_again(code);
     *ret_why = "a message whose body is too short";
     if (f->body_bytes / sizeof(uint64_t) < f->n_parts)
         return -EBADMSG; /* before memory is asked for */
@@ -362,8 +369,10 @@ receive_message(struct afk_channel *channel, struct afk_received *r, const char 
     if (n == -EAGAIN)
         return 0;
     *ret_why = "an empty message";
-    if (n == 0)
+    if (n == 0) {
+        afk_received_drop(r, 0); /* it may have had descriptors */
         return peer_has_gone(fd) ? -EPIPE : -EBADMSG;
+    }
     if (n < 0)
         return n == -ECONNRESET ? -EPIPE : (int)n;
     int code = take_message(channel, r, (size_t)n, ret_why);

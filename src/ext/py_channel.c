@@ -381,6 +381,8 @@ channel_receive(PyObject *op, PyObject *Py_UNUSED(args))
     if (r == 1) {
         PyObject *message = message_of(op, &received);
         afk_received_drop(&received, message != NULL ? received.n_fds : 0);
+        if (message == NULL)
+            afk_channel_close(channel_of(op)); /* it is lost */
         return message;
     }
     if (r == -EPIPE) {
