@@ -4,7 +4,7 @@ Public names are re-exported by the package; the others are for it and its tests
 Every function works in any interpreter, from any thread, unless it says otherwise.
 """
 
-from collections.abc import Callable
+from collections.abc import Buffer, Callable, Iterable
 from typing import Any, Literal, NoReturn, TypedDict, final
 
 FAULTS: bool
@@ -197,6 +197,81 @@ def _fault_arm(nth: int, errno: int, for_good: bool, /) -> None:
 
 def _fault_report() -> tuple[int, int, str | None]:
     """(faults injected, fault points passed, the last one's name)."""
+
+@final
+class View:
+    """A part of a message, read-only, where the sender has put it.
+
+    The memory is the sender's again once all views of the message have gone, and what was
+    made of them without a copy.
+    """
+
+    def __len__(self) -> int: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
+@final
+class _ChannelStatistics(TypedDict):
+    sent: int
+    received: int
+    bytes_sent: int
+    bytes_received: int
+    shared_sent: int
+    shared_received: int
+    segments: int
+    segment_bytes: int
+
+@final
+class Channel:
+    """One end of a socket over which two processes send each other messages.
+
+    For any thread. A message is a kind, an id, parts (bytes) and descriptors. Parts that have
+    more than 32 KiB together go through memory that both processes share, and arrive as
+    :class:`View`. In a forked child the channel is closed; views stay, and the child must not
+    rely on them once its parent has let go of its own.
+    """
+
+    def __init__(self, fd: int, message_max: int = ...) -> None:
+        """Take ``fd`` over: a Unix socket of type SOCK_SEQPACKET, of a pair. ``message_max``
+        is for both directions: bytes of all parts (4 GiB)."""
+
+    def send(
+        self, kind: int, id: int, parts: Iterable[Buffer], /, fds: Iterable[int] = ()
+    ) -> bool:
+        """One message; never waits. False: there is no room now, and nothing was sent.
+
+        Raises BrokenPipeError or ConnectionResetError if the peer has gone, ValueError for a
+        message that is too large, or a closed channel, OSError."""
+
+    def receive(self) -> tuple[int, int, tuple[bytes | View, ...], tuple[int, ...]] | None:
+        """(kind, id, parts, fds), or None if nothing is there now; never waits. The descriptors
+        are the caller's.
+
+        Raises EOFError if the peer has closed it; ConnectionAbortedError if it has sent what
+        is no message, OSError or MemoryError where there is no room for one: the channel is
+        closed then. ValueError: it is closed."""
+
+    def wait(self, timeout: float | None = None, spin: float = 0.0, also: int = -1) -> int:
+        """Until there is something to receive (1), or the descriptor ``also`` is readable (2),
+        or both (3); 0: the time has passed. For ``spin`` seconds by polling with the GIL held."""
+
+    def wait_writable(self, timeout: float | None = None) -> bool:
+        """Until there is room for a message, or the peer has gone. False: the time has passed."""
+
+    def fileno(self) -> int: ...
+    @property
+    def closed(self) -> bool: ...
+    def close(self) -> None:
+        """Close it; whoever waits wakes. Views stay valid."""
+
+    def shutdown(self) -> None:
+        """End both directions; whoever waits wakes. What has come can still be received."""
+
+    def trim(self) -> None:
+        """Give idle shared memory of this end back to the system."""
+
+    def statistics(self) -> _ChannelStatistics:
+        """Messages, bytes of their parts, those of them through shared memory; the segments of
+        both directions that this end has mapped now."""
 
 class Child:
     """A worker process, by its handle. Made by spawn() only."""

@@ -76,7 +76,35 @@ void afk_os_unmap_stack(void *base, size_t size);
 ssize_t afk_os_read(int fd, void *buf, size_t size);
 int afk_os_write_all(int fd, const void *buf, size_t size);
 int afk_os_send(int fd, const void *message, size_t size);
+/* Descriptors of one message: SCM_MAX_FD of the kernel. */
+#define AFK_FDS_MAX 253
+struct iovec;
+struct ucred;
+/* One message with descriptors. 0 or a negative errno; -EMSGSIZE if less of it went out. */
+int afk_os_send_with_fds(int socket, const struct iovec *vec, size_t n_vec, const int *fds,
+                         unsigned n_fds, int flags);
+/* The length, or a negative errno. *ret_n is how many descriptors came, at most `max`; -EMFILE:
+ * there were more, or no room for them, and they are closed. `ret_from`: who sent it, if the
+ * socket passes that. */
+ssize_t afk_os_receive_with_fds(int socket, void *to, size_t size, int *fds, unsigned max,
+                                unsigned *ret_n, struct ucred *ret_from, int flags);
 int afk_os_unread_by_peer(int fd); /* bytes in flight of a socket, unix(7) */
+/* A memfd of `size` bytes that nobody can make larger or smaller: and once they are allocated, or
+ * written, what is mapped of it never raises SIGBUS. */
+int afk_os_memfd(const char *name, size_t size);
+int afk_os_allocate(int fd, size_t size);
+int afk_os_pwrite_all(int fd, const void *buf, size_t size, size_t at);
+/* 0 if `fd` is of that size, and nobody can make it smaller; else -EINVAL, or a negative errno. */
+int afk_os_memfd_check(int fd, size_t size);
+/* Shared. The first `writable` bytes, a multiple of the page, may be written to; where that is
+ * all of it a forked child does not have it. */
+int afk_os_map(int fd, size_t size, size_t writable, void **ret_base);
+void afk_os_unmap(void *base, size_t size);
+/* The memory of a shared mapping is free; whoever reads it again finds zeros. */
+void afk_os_discard(void *base, size_t size);
+struct pollfd;
+/* ppoll(2); a negative timeout is none. -EINTR is the caller's to look at. */
+int afk_os_poll(struct pollfd *fds, unsigned n, int64_t timeout_ns);
 bool afk_os_hung_up(int fd); /* the other end of a socket is gone */
 void afk_os_close(int fd);
 int64_t afk_os_now_ns(void);
@@ -150,6 +178,8 @@ bool afk_lifeline_holds(int fd);
 void afk_lifeline_forget(int fd);
 /* Forgets and closes fd, in the order that no fork can race. */
 void afk_lifeline_close(int *fd);
+/* Counts the forks that this process has begun. */
+unsigned afk_forks(void);
 /* Runs `hook` in every forked child, async-signal-safe. */
 void afk_at_fork_child(void (*hook)(void));
 

@@ -36,6 +36,7 @@ struct chunk {
 
 static struct chunk first;
 static atomic_uint generation;
+static atomic_uint forks;
 static void (*hooks[HOOKS_MAX])(void);
 static atomic_uint n_hooks;
 
@@ -67,6 +68,7 @@ afk_lifeline_end(bool begun)
 void
 afk_lifeline_before_fork(void)
 {
+    atomic_fetch_add(&forks, 1);
     if (afk_lifeline_begin()) {
         atomic_store(&forker, pthread_self());
         atomic_store(&forking, true);
@@ -135,6 +137,12 @@ unsigned
 afk_generation(void)
 {
     return atomic_load(&generation);
+}
+
+unsigned
+afk_forks(void)
+{
+    return atomic_load(&forks);
 }
 
 void

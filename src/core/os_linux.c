@@ -28,6 +28,10 @@
 #endif
 
 #define PEEK_BATCH 512 /* at most IOV_MAX */
+#define ALLOCATE_BATCH (4u << 20) /* a signal undoes what one fallocate(2) has done */
+#ifndef MFD_NOEXEC_SEAL
+#define MFD_NOEXEC_SEAL 0x0008u /* Linux 6.3 */
+#endif
 
 #ifndef SYS_pidfd_open
 #define SYS_pidfd_open 434
@@ -336,6 +340,81 @@ afk_os_send(int fd, const void *message, size_t size)
     return r < 0 ? r : 0;
 }
 
+union control {
+    struct cmsghdr header;
+    char space[CMSG_SPACE(AFK_FDS_MAX * sizeof(int)) + CMSG_SPACE(sizeof(struct ucred))];
+};
+
+int
+afk_os_send_with_fds(int socket, const struct iovec *vec, size_t n_vec, const int *fds,
+                     unsigned n_fds, int flags)
+{
+    union control control;
+    struct msghdr msg = {.msg_iov = (struct iovec *)(uintptr_t)vec, .msg_iovlen = n_vec};
+    if (n_fds > 0) {
+        msg.msg_control = &control;
+        msg.msg_controllen = CMSG_SPACE(n_fds * sizeof(int));
+        memset(control.space, 0, msg.msg_controllen); /* what lies behind an odd number of them */
+        control.header = (struct cmsghdr){.cmsg_level = SOL_SOCKET,
+                                          .cmsg_type = SCM_RIGHTS,
+                                          .cmsg_len = CMSG_LEN(n_fds * sizeof(int))};
+        memcpy(CMSG_DATA(&control.header), fds, n_fds * sizeof(int));
+    }
+    size_t size = 0;
+    for (size_t i = 0; i < n_vec; i++)
+        size += vec[i].iov_len;
+    ssize_t n;
+    do
+        n = AFK_SYS("sendmsg", (n = sendmsg(socket, &msg, MSG_NOSIGNAL | flags)) < 0 ? -errno : n);
+    while (n == -EINTR);
+    return n < 0 ? (int)n : n == (ssize_t)size ? 0 : -EMSGSIZE;
+}
+
+ssize_t
+afk_os_receive_with_fds(int socket, void *to, size_t size, int *fds, unsigned max,
+                        unsigned *ret_n, struct ucred *ret_from, int flags)
+{
+    union control control;
+    struct iovec vec = {to, size};
+    struct msghdr msg = {.msg_iov = &vec,
+                         .msg_iovlen = 1,
+                         .msg_control = &control,
+                         .msg_controllen = sizeof control};
+    ssize_t n;
+    *ret_n = 0;
+    do
+        n = AFK_SYS("recvmsg",
+                    (n = recvmsg(socket, &msg, MSG_CMSG_CLOEXEC | flags)) < 0 ? -errno : n);
+    while (n == -EINTR);
+    if (n < 0)
+        return n;
+    bool cut = (msg.msg_flags & MSG_CTRUNC) != 0;
+    for (struct cmsghdr *c = CMSG_FIRSTHDR(&msg); c != NULL; c = CMSG_NXTHDR(&msg, c)) {
+        if (c->cmsg_level != SOL_SOCKET)
+            continue;
+        if (c->cmsg_type == SCM_CREDENTIALS && ret_from != NULL)
+            memcpy(ret_from, CMSG_DATA(c), sizeof *ret_from);
+        if (c->cmsg_type != SCM_RIGHTS)
+            continue;
+        unsigned have = (unsigned)((c->cmsg_len - CMSG_LEN(0)) / sizeof(int));
+        for (unsigned i = 0; i < have; i++) {
+            int fd;
+            memcpy(&fd, CMSG_DATA(c) + i * sizeof fd, sizeof fd);
+            if (*ret_n < max)
+                fds[(*ret_n)++] = fd;
+            else {
+                afk_os_close(fd);
+                cut = true;
+            }
+        }
+    }
+    if (!cut)
+        return n;
+    while (*ret_n > 0) /* no room for them in the table of descriptors */
+        afk_os_close(fds[--*ret_n]);
+    return -EMFILE;
+}
+
 int
 afk_os_unread_by_peer(int fd)
 {
@@ -348,6 +427,117 @@ afk_os_hung_up(int fd)
 {
     struct pollfd p = {.fd = fd};
     return poll(&p, 1, 0) > 0 && (p.revents & (POLLHUP | POLLERR)) != 0;
+}
+
+static int
+memfd_create_sealable(const char *name)
+{
+    /* What may be executed is refused where vm.memfd_noexec=2, see memfd_create(2). */
+    int fd = AFK_SYS("memfd_create", result(memfd_create(name, MFD_CLOEXEC | MFD_ALLOW_SEALING |
+                                                                   MFD_NOEXEC_SEAL)));
+    if (fd == -EINVAL) /* before Linux 6.3 */
+        fd = AFK_SYS("memfd_create", result(memfd_create(name, MFD_CLOEXEC | MFD_ALLOW_SEALING)));
+    return fd;
+}
+
+/* Where that is not there memory is found as it is touched, which may end the process. */
+int
+afk_os_allocate(int fd, size_t size)
+{
+    int r = 0;
+    for (size_t at = 0; r >= 0 && at < size; at += ALLOCATE_BATCH) {
+        size_t left = size - at;
+        off_t batch = (off_t)(left < ALLOCATE_BATCH ? left : ALLOCATE_BATCH);
+        do
+            r = AFK_SYS("fallocate", result(fallocate(fd, 0, (off_t)at, batch)));
+        while (r == -EINTR);
+    }
+    return r == -EOPNOTSUPP || r == -ENOSYS ? 0 : r;
+}
+
+int
+afk_os_memfd(const char *name, size_t size)
+{
+    int fd = memfd_create_sealable(name);
+    if (fd < 0)
+        return fd;
+    int r = AFK_SYS("ftruncate", result(ftruncate(fd, (off_t)size)));
+    if (r == 0)
+        r = AFK_SYS("fcntl(F_ADD_SEALS)",
+                    result(fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW)));
+    if (r == 0)
+        return fd;
+    (void)close(fd);
+    return r;
+}
+
+int
+afk_os_pwrite_all(int fd, const void *buf, size_t size, size_t at)
+{
+    const char *p = buf;
+    while (size > 0) {
+        ssize_t n = AFK_SYS("pwrite", (n = pwrite(fd, p, size, (off_t)at)) < 0 ? -errno : n);
+        if (n == -EINTR)
+            continue;
+        if (n <= 0)
+            return n < 0 ? (int)n : -ENOSPC;
+        p += n;
+        at += (size_t)n;
+        size -= (size_t)n;
+    }
+    return 0;
+}
+
+int
+afk_os_memfd_check(int fd, size_t size)
+{
+    struct stat st;
+    int seals = fcntl(fd, F_GET_SEALS);
+    if (seals < 0 || fstat(fd, &st) < 0)
+        return -errno;
+    bool is_right = (seals & F_SEAL_SHRINK) != 0 && (uint64_t)st.st_size == size;
+    return is_right ? 0 : -EINVAL;
+}
+
+int
+afk_os_map(int fd, size_t size, size_t writable, void **ret_base)
+{
+    int first = writable == size ? PROT_READ | PROT_WRITE : PROT_READ;
+    void *base = MAP_FAILED;
+    int r = AFK_SYS("mmap", (base = mmap(NULL, size, first, MAP_SHARED, fd, 0)) == MAP_FAILED
+                                ? -errno
+                                : 0);
+    if (r < 0)
+        return r;
+    if (writable == size)
+        (void)madvise(base, size, MADV_DONTFORK);
+    else if (writable > 0)
+        r = AFK_SYS("mprotect", result(mprotect(base, writable, PROT_READ | PROT_WRITE)));
+    if (r < 0)
+        (void)munmap(base, size);
+    else
+        *ret_base = base;
+    return r;
+}
+
+void
+afk_os_unmap(void *base, size_t size)
+{
+    (void)munmap(base, size);
+}
+
+void
+afk_os_discard(void *base, size_t size)
+{
+    (void)madvise(base, size, MADV_REMOVE);
+}
+
+int
+afk_os_poll(struct pollfd *fds, unsigned n, int64_t timeout_ns)
+{
+    struct timespec left = {.tv_sec = (time_t)(timeout_ns / 1000000000),
+                            .tv_nsec = (long)(timeout_ns % 1000000000)};
+    return AFK_SYS("ppoll", result(ppoll(fds, n, timeout_ns < 0 ? NULL : &left, NULL)));
 }
 
 void

@@ -45,89 +45,11 @@ extern char **environ;
 
 /* ---- messages ------------------------------------------------------------------- */
 
-union control {
-    struct cmsghdr header;
-    char space[CMSG_SPACE(AFK_ZYGOTE_FDS_MAX * sizeof(int)) + CMSG_SPACE(sizeof(struct ucred))];
-};
-
-/* One message with descriptors. 0 or a negative errno. */
-static int
-send_with_fds(int socket, const struct iovec *vec, size_t n_vec, const int *fds, unsigned n_fds,
-              int flags)
-{
-    union control control;
-    struct msghdr msg = {.msg_iov = (struct iovec *)(uintptr_t)vec, .msg_iovlen = n_vec};
-    if (n_fds > 0) {
-        msg.msg_control = &control;
-        msg.msg_controllen = CMSG_SPACE(n_fds * sizeof(int));
-        memset(control.space, 0, msg.msg_controllen); /* what lies behind an odd number of them */
-        control.header = (struct cmsghdr){.cmsg_level = SOL_SOCKET,
-                                          .cmsg_type = SCM_RIGHTS,
-                                          .cmsg_len = CMSG_LEN(n_fds * sizeof(int))};
-        memcpy(CMSG_DATA(&control.header), fds, n_fds * sizeof(int));
-    }
-    size_t size = 0;
-    for (size_t i = 0; i < n_vec; i++)
-        size += vec[i].iov_len;
-    ssize_t n;
-    do
-        n = AFK_SYS("sendmsg", (n = sendmsg(socket, &msg, MSG_NOSIGNAL | flags)) < 0 ? -errno : n);
-    while (n == -EINTR);
-    return n < 0 ? (int)n : n == (ssize_t)size ? 0 : -EMSGSIZE;
-}
-
 static void
 close_all(const int *fds, unsigned n)
 {
     for (unsigned i = 0; i < n; i++)
         afk_os_close(fds[i]);
-}
-
-/* The length, or a negative errno. *ret_n is how many descriptors came, at most `max`;
- * `ret_from`: who sent it, if the socket passes that. */
-static ssize_t
-receive_with_fds(int socket, void *to, size_t size, int *fds, unsigned max, unsigned *ret_n,
-                 struct ucred *ret_from, int flags)
-{
-    union control control;
-    struct iovec vec = {to, size};
-    struct msghdr msg = {.msg_iov = &vec,
-                         .msg_iovlen = 1,
-                         .msg_control = &control,
-                         .msg_controllen = sizeof control};
-    ssize_t n;
-    *ret_n = 0;
-    do
-        n = AFK_SYS("recvmsg",
-                    (n = recvmsg(socket, &msg, MSG_CMSG_CLOEXEC | flags)) < 0 ? -errno : n);
-    while (n == -EINTR);
-    if (n < 0)
-        return n;
-    bool cut = (msg.msg_flags & MSG_CTRUNC) != 0;
-    for (struct cmsghdr *c = CMSG_FIRSTHDR(&msg); c != NULL; c = CMSG_NXTHDR(&msg, c)) {
-        if (c->cmsg_level != SOL_SOCKET)
-            continue;
-        if (c->cmsg_type == SCM_CREDENTIALS && ret_from != NULL)
-            memcpy(ret_from, CMSG_DATA(c), sizeof *ret_from);
-        if (c->cmsg_type != SCM_RIGHTS)
-            continue;
-        unsigned have = (unsigned)((c->cmsg_len - CMSG_LEN(0)) / sizeof(int));
-        for (unsigned i = 0; i < have; i++) {
-            int fd;
-            memcpy(&fd, CMSG_DATA(c) + i * sizeof fd, sizeof fd);
-            if (*ret_n < max)
-                fds[(*ret_n)++] = fd;
-            else {
-                afk_os_close(fd);
-                cut = true;
-            }
-        }
-    }
-    if (!cut)
-        return n;
-    close_all(fds, *ret_n); /* no room for them in the table of descriptors */
-    *ret_n = 0;
-    return -EMFILE;
 }
 
 static struct afk_zygote_message
@@ -141,7 +63,7 @@ static int
 send_message(int socket, const struct afk_zygote_message *message, const int *fds, unsigned n_fds)
 {
     const struct iovec vec = {(void *)(uintptr_t)message, sizeof *message};
-    return send_with_fds(socket, &vec, 1, fds, n_fds, MSG_DONTWAIT);
+    return afk_os_send_with_fds(socket, &vec, 1, fds, n_fds, MSG_DONTWAIT);
 }
 
 /* ---- the owner: a template ---------------------------------------------------------- */
@@ -289,8 +211,8 @@ afk_template_hello(struct afk_template *t)
         return -ESTALE;
     if (atomic_load(&t->ready))
         return 1;
-    ssize_t n = receive_with_fds(t->control, &message, sizeof message, fds, AFK_OFFER_FDS, &n_fds,
-                                 NULL, MSG_DONTWAIT);
+    ssize_t n = afk_os_receive_with_fds(t->control, &message, sizeof message, fds, AFK_OFFER_FDS,
+                                        &n_fds, NULL, MSG_DONTWAIT);
     if (n == -EAGAIN)
         return 0;
     close_all(fds, n_fds);
@@ -380,8 +302,8 @@ take_offer(struct afk_template *t, bool asked, bool at_once, struct anyfork_chil
         unsigned n_fds;
         /* A fork of another thread must not get what is in no table yet. */
         bool begun = afk_lifeline_begin();
-        ssize_t n = receive_with_fds(t->control, &message, sizeof message, fds, AFK_OFFER_FDS,
-                                     &n_fds, NULL, MSG_DONTWAIT);
+        ssize_t n = afk_os_receive_with_fds(t->control, &message, sizeof message, fds, AFK_OFFER_FDS,
+                                            &n_fds, NULL, MSG_DONTWAIT);
         int r = 0;
         for (unsigned i = 0; i < n_fds && r == 0; i++) {
             r = afk_os_raise(&fds[i], ABOVE_STREAMS);
@@ -785,7 +707,7 @@ send_start(struct afk_template *t, const struct afk_surroundings *now,
                      "fds: too many for one message to a template's worker");
         goto out;
     }
-    r = send_with_fds(view.status_fd, out.vec, out.n_vec, out.fds, out.n_fds, MSG_DONTWAIT);
+    r = afk_os_send_with_fds(view.status_fd, out.vec, out.n_vec, out.fds, out.n_fds, MSG_DONTWAIT);
     if (r == -EPIPE || r == -ECONNRESET || r == -EMSGSIZE)
         r = -EAGAIN; /* it died after we looked: the next */
     else if (r < 0)
@@ -867,7 +789,7 @@ confirm(struct anyfork_child *child)
     struct afk_child_view view;
     const struct iovec go = {"g", 1};
     afk_child_view(child, &view);
-    if (send_with_fds(view.status_fd, &go, 1, NULL, 0, MSG_DONTWAIT) == 0)
+    if (afk_os_send_with_fds(view.status_fd, &go, 1, NULL, 0, MSG_DONTWAIT) == 0)
         return 0;
     return has_failed(view.status_fd) ? 0 : -EAGAIN;
 }
@@ -1104,8 +1026,8 @@ take_messages(struct client *c)
         struct afk_zygote_message message;
         int fds[1];
         unsigned n_fds;
-        ssize_t n = receive_with_fds(c->control, &message, sizeof message, fds, 1, &n_fds, NULL,
-                                     MSG_DONTWAIT);
+        ssize_t n = afk_os_receive_with_fds(c->control, &message, sizeof message, fds, 1, &n_fds,
+                                            NULL, MSG_DONTWAIT);
         if (n == -EAGAIN)
             return;
         close_all(fds, n_fds);
@@ -1201,8 +1123,8 @@ open_the_door(struct server *s)
         struct ucred from = {.pid = -1};
         int control = -1;
         unsigned n_fds;
-        ssize_t n = receive_with_fds(s->door[0], &message, sizeof message, &control, 1, &n_fds,
-                                     &from, MSG_DONTWAIT);
+        ssize_t n = afk_os_receive_with_fds(s->door[0], &message, sizeof message, &control, 1,
+                                            &n_fds, &from, MSG_DONTWAIT);
         if (n == -EAGAIN)
             return;
         bool ok = n > 0 && is_ours(&message, n) && message.op == AFK_ZYGOTE_ATTACH && n_fds == 1 &&
@@ -1716,7 +1638,8 @@ afk_start_receive(int fd, pid_t owner, struct afk_start *start)
     start->setup.cgroup_dir = start->setup.cgroup_procs = start->setup.cgroup_kill = -1;
     start->cwd_fd = start->guard_fd = -1;
     /* The head is smaller than any piece that the kernel would cut a message into. */
-    ssize_t n = receive_with_fds(fd, &head, sizeof head, fds, AFK_ZYGOTE_FDS_MAX, &n_fds, &from, 0);
+    ssize_t n = afk_os_receive_with_fds(fd, &head, sizeof head, fds, AFK_ZYGOTE_FDS_MAX, &n_fds,
+                                        &from, 0);
     if (n <= 0)
         return n == -ECONNRESET ? 0 : (int)n;
     int r = n != (ssize_t)sizeof head || !is_whole(&head) ? -EPROTO : 0;

@@ -28,7 +28,7 @@
 #define AFK_ZYGOTE_MAGIC 0x5a4b4641u /* "AFKZ" */
 #define AFK_ZYGOTE_VERSION 2
 #define AFK_ZYGOTE_BODY_IN_MESSAGE 65536 /* a larger one goes through a memfd(2) */
-#define AFK_ZYGOTE_FDS_MAX 253           /* SCM_MAX_FD of the kernel */
+#define AFK_ZYGOTE_FDS_MAX AFK_FDS_MAX
 
 enum afk_zygote_op {
     AFK_ZYGOTE_HELLO = 1,

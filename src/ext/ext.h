@@ -5,7 +5,7 @@
 #include "cpython/cpython.h"
 
 struct ext_state {
-    PyObject *child_type, *template_type;
+    PyObject *child_type, *template_type, *channel_type, *view_type;
     bool finalizing;
 };
 struct ext_state *ext_state_of(PyObject *module);
@@ -24,6 +24,9 @@ struct ext_options {
 /* False with an exception set. `dict` must outlive the start. */
 bool ext_options_take(struct ext_options *x, PyObject *dict);
 void ext_options_release(struct ext_options *x);
+
+/* py_channel.c */
+extern PyType_Spec ext_channel_spec, ext_view_spec;
 
 /* py_child.c */
 extern PyType_Spec ext_child_spec;

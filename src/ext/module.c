@@ -540,18 +540,22 @@ static PyMethodDef functions[] = {
 };
 
 static int
+add_type(PyObject *module, const char *name, PyType_Spec *spec, PyObject **ret_type)
+{
+    *ret_type = PyType_FromModuleAndSpec(module, spec, NULL);
+    return *ret_type != NULL ? PyModule_AddObjectRef(module, name, *ret_type) : -1;
+}
+
+static int
 ext_exec(PyObject *module)
 {
     struct ext_state *state = ext_state_of(module);
     if (PyInterpreterState_Get() == PyInterpreterState_Main())
         afk_pad_begin();
-    state->child_type = PyType_FromModuleAndSpec(module, &ext_child_spec, NULL);
-    if (state->child_type == NULL ||
-        PyModule_AddObjectRef(module, "Child", state->child_type) < 0)
-        return -1;
-    state->template_type = PyType_FromModuleAndSpec(module, &ext_template_spec, NULL);
-    if (state->template_type == NULL ||
-        PyModule_AddObjectRef(module, "Template", state->template_type) < 0)
+    if (add_type(module, "Child", &ext_child_spec, &state->child_type) < 0 ||
+        add_type(module, "Template", &ext_template_spec, &state->template_type) < 0 ||
+        add_type(module, "Channel", &ext_channel_spec, &state->channel_type) < 0 ||
+        add_type(module, "View", &ext_view_spec, &state->view_type) < 0)
         return -1;
 #ifdef AFK_FAULTS
     PyObject *faults = Py_True;
@@ -566,6 +570,8 @@ ext_traverse(PyObject *module, visitproc visit, void *arg)
 {
     Py_VISIT(ext_state_of(module)->child_type);
     Py_VISIT(ext_state_of(module)->template_type);
+    Py_VISIT(ext_state_of(module)->channel_type);
+    Py_VISIT(ext_state_of(module)->view_type);
     return 0;
 }
 
@@ -574,6 +580,8 @@ ext_clear(PyObject *module)
 {
     Py_CLEAR(ext_state_of(module)->child_type);
     Py_CLEAR(ext_state_of(module)->template_type);
+    Py_CLEAR(ext_state_of(module)->channel_type);
+    Py_CLEAR(ext_state_of(module)->view_type);
     return 0;
 }
 

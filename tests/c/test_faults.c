@@ -6,8 +6,11 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
 #include <sys/wait.h>
 #include <unistd.h>
+
+#include "core/channel.h"
 
 #define POINTS_MAX 200
 
@@ -104,6 +107,90 @@ whole_life_of_a_program(struct anyfork_error *error)
     return r;
 }
 
+/* A message of that many bytes, there and back to its memory: 0, or what failed. */
+static int
+there(struct afk_channel *from, struct afk_channel *to, char *bytes, size_t size, int fd)
+{
+    static struct afk_received received;
+    const char *why = NULL;
+    const struct iovec part = {bytes, size};
+    const struct afk_message message = {.parts = &part, .n_parts = 1, .fds = &fd, .n_fds = 1};
+    int r = afk_channel_send(from, &message);
+    if (r == 0) /* "no room" is what EAGAIN says, of sendmsg(2) alone */
+        assert_string_equal(afk_fault_last(), "sendmsg");
+    if (r <= 0)
+        return r < 0 ? r : -EAGAIN;
+    r = afk_channel_receive(to, &received, &why);
+    if (r == 0)
+        assert_string_equal(afk_fault_last(), "recvmsg");
+    if (r <= 0)
+        return r < 0 ? r : -EAGAIN;
+    bool right = received.n_fds == 1 && received.parts[0].iov_len == size &&
+                 memcmp(received.parts[0].iov_base, bytes, size) == 0;
+    afk_received_drop(&received, 0);
+    assert_true(right);
+    return 0;
+}
+
+static int
+whole_life_of_a_channel(int *ret_errno)
+{
+    static char bytes[300000];
+    struct afk_channel *channel[2] = {NULL, NULL};
+    const size_t sizes[] = {100, sizeof bytes, sizeof bytes};
+    int fds[2] = {-1, -1};
+    memset(bytes, 'x', sizeof bytes);
+    int r = afk_os_socketpair(fds, SOCK_SEQPACKET);
+    for (int i = 0; r == 0 && i < 2; i++) {
+        r = afk_channel_new(&channel[i], fds[i], sizeof bytes);
+        if (r == 0)
+            fds[i] = -1;
+    }
+    for (int i = 0; r == 0 && i < 3; i++)
+        r = there(channel[0], channel[1], bytes, sizes[i], STDIN_FILENO);
+    for (int i = 0; i < 2; i++) {
+        if (channel[i] != NULL)
+            afk_channel_free(channel[i]);
+        afk_os_close(fds[i]);
+    }
+    *ret_errno = -r;
+    return r;
+}
+
+static void
+every_point_of_a_channel(int errnum, bool for_good)
+{
+    int before = count_fds();
+    for (unsigned nth = 1; nth < POINTS_MAX; nth++) {
+        int failed = 0;
+        afk_fault_arm(nth, errnum, for_good);
+        int r = whole_life_of_a_channel(&failed);
+        unsigned hits = afk_fault_hits();
+        afk_fault_arm(0, 0, false);
+        total_hits += hits;
+        assert_int_equal(count_fds(), before);
+        if (r < 0)
+            assert_true(hits > 0 && (failed == errnum || failed == ENOMEM));
+        if (hits == 0) {
+            assert_int_equal(r, 0);
+            assert_true(nth > 10);
+            return;
+        }
+    }
+    fail_msg("still failing after %d points", POINTS_MAX);
+}
+
+static void
+test_a_channel(void **state)
+{
+    (void)state;
+    for (int for_good = 0; for_good < 2; for_good++) {
+        every_point_of_a_channel(EMFILE, for_good);
+        every_point_of_a_channel(EAGAIN, for_good);
+        every_point_of_a_channel(ENOMEM, for_good);
+    }
+}
+
 static void
 every_point_of(int (*life)(struct anyfork_error *error), int errnum, bool for_good)
 {
@@ -165,7 +252,8 @@ test_for_good(void **state)
 int
 main(void)
 {
-    const struct CMUnitTest tests[] = {CHECKED(test_once), CHECKED(test_for_good)};
+    const struct CMUnitTest tests[] = {CHECKED(test_once), CHECKED(test_for_good),
+                                       CHECKED(test_a_channel)};
     int failed = cmocka_run_group_tests(tests, NULL, NULL);
     print_message("%u faults hit\n", total_hits);
     return failed != 0 || total_hits == 0;
