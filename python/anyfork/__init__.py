@@ -10,7 +10,10 @@ from . import _anyfork
 
 __version__ = "0.1.0"
 __all__ = [
+    "CallCancelled",
+    "Cancelled",
     "Child",
+    "Descriptor",
     "Method",
     "MethodUnavailable",
     "Options",
@@ -25,6 +28,7 @@ __all__ = [
     "is_installed",
     "methods",
     "register_child_reset",
+    "report_progress",
     "run",
     "snapshot",
     "spawn",
@@ -40,7 +44,10 @@ __all__ = [
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ._api import (
+        CallCancelled,
+        Cancelled,
         Child,
+        Descriptor,
         Method,
         MethodUnavailable,
         Options,
@@ -55,6 +62,7 @@ if TYPE_CHECKING:
         is_installed,
         methods,
         register_child_reset,
+        report_progress,
         run,
         snapshot,
         spawn,

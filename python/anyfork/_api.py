@@ -5,15 +5,27 @@ from __future__ import annotations
 from ._anyfork import fork, forkpty
 from ._boot import register_child_reset
 from ._child import Child
-from ._errors import MethodUnavailable, RemoteError, SpawnError, TemplateLost, WorkerDied
+from ._errors import (
+    CallCancelled,
+    MethodUnavailable,
+    RemoteError,
+    SpawnError,
+    TemplateLost,
+    WorkerDied,
+)
 from ._install import install, is_installed, uninstall
 from ._methods import Method, methods
 from ._options import Options
 from ._request import run, spawn, spawn_many
+from ._session import Descriptor
 from ._template import Template, snapshot, warm
+from ._worker import Cancelled, report_progress
 
 __all__ = [
+    "CallCancelled",
+    "Cancelled",
     "Child",
+    "Descriptor",
     "Method",
     "MethodUnavailable",
     "Options",
@@ -28,6 +40,7 @@ __all__ = [
     "is_installed",
     "methods",
     "register_child_reset",
+    "report_progress",
     "run",
     "snapshot",
     "spawn",

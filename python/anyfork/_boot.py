@@ -477,11 +477,22 @@ class _Unpickler(pickle.Unpickler):
             return super().find_class("__mp_main__", name)
 
 
-def loads(data: bytes) -> Any:
+def loads(data: Any, buffers: Any = ()) -> Any:
     """pickle.loads(), of what comes from a worker or goes to one."""
+    if type(data) is not bytes:  # large, in shared memory: not searched
+        return _loads_large(data, buffers)
     if b"_main__" not in data:
-        return pickle.loads(data)
-    return _Unpickler(io.BytesIO(data)).load()
+        return pickle.loads(data, buffers=buffers)
+    return _Unpickler(io.BytesIO(data), buffers=buffers).load()
+
+
+def _loads_large(data: Any, buffers: Any) -> Any:
+    try:
+        return pickle.loads(data, buffers=buffers)
+    except (AttributeError, ImportError):
+        if b"_main__" not in (data := bytes(data)):
+            raise
+        return _Unpickler(io.BytesIO(data), buffers=buffers).load()
 
 
 # How to import what is __main__ in the owner, where a target came by value: what cannot be
@@ -523,16 +534,23 @@ def _import_main(kind: str, where: str) -> None:
         importing_main = False
 
 
-def dumps(value: object) -> bytes:
-    """What goes back to the owner. What came by value goes back so."""
+def dumps(value: object, parts: list[Any] | None = None) -> bytes:
+    """What goes back to the owner. What came by value goes back so.
+
+    ``parts``: where its buffers go (PEP 574), behind what is there, if not into the pickle.
+    """
+    keep = None if parts is None else parts.append
+    before = 0 if parts is None else len(parts)
     try:
-        return pickle.dumps(value, protocol=5)
+        return pickle.dumps(value, protocol=5, buffer_callback=keep)
     except Exception:
         cloudpickle: Any = sys.modules.get("cloudpickle")
         if cloudpickle is None:
             raise
+        if parts is not None:
+            del parts[before:]
         try:
-            data: bytes = cloudpickle.dumps(value, protocol=5)
+            data: bytes = cloudpickle.dumps(value, protocol=5, buffer_callback=keep)
         except Exception:
             pass  # the first failure says more
         else:

@@ -25,7 +25,7 @@ def _new_lock() -> None:
 os.register_at_fork(after_in_child=_new_lock)
 
 
-def _restore(payload: bytes) -> BaseException:
+def restore(payload: bytes) -> BaseException:
     """The owner's side of _boot.describe(): the exception, with the remote traceback."""
     pickled, name, shown, text = pickle.loads(payload)
     exc: BaseException = RemoteError(name, shown, text)
@@ -190,7 +190,7 @@ class Child(_anyfork.Child):
         if kind == _boot.RESULT:
             return None
         if kind in (_boot.RAISED, _boot.ERROR):
-            return _restore(payload)
+            return restore(payload)
         if self._read_errno:
             return SpawnError("read", self._read_errno, self.method, "its result is lost")
         if self._closed:
@@ -234,7 +234,7 @@ class Child(_anyfork.Child):
             detail = in_python(stage, detail)
         died = WorkerDied(self.pid, self._status)
         kind, payload = self._outcome()
-        cause = _restore(payload) if kind == _boot.ERROR and payload else None
+        cause = restore(payload) if kind == _boot.ERROR and payload else None
         why = repr(cause) if cause is not None else ""
         detail = "; ".join(filter(None, (detail, why, str(died))))
         exc = SpawnError(stage, errno or None, self.method, detail)

@@ -55,21 +55,45 @@ class WorkerDied(Exception):
       status: its wait status, as of :func:`os.waitpid`; None if the host reaped
         it and no record tells.
       returncode: the exit code, or the negated signal number, or None.
+      oom: whether the kernel killed it because memory had run out, as far as the counters
+        of its cgroup tell.
+      stderr: the end of what it wrote to its standard error, where that was kept.
     """
 
-    def __init__(self, pid: int | None, status: int | None, detail: str = "") -> None:
+    def __init__(
+        self,
+        pid: int | None,
+        status: int | None,
+        detail: str = "",
+        oom: bool = False,
+        stderr: str = "",
+    ) -> None:
         self.pid = pid
         self.status = status
         self.detail = detail
+        self.oom = oom
+        self.stderr = stderr
         self.returncode = None if status is None else os.waitstatus_to_exitcode(status)
         if pid is None and status is None:
             text = f"{worker_name(pid)} ended; how is not known"
         else:
             text = f"{worker_name(pid)} {describe_status(status)}"
+        if oom:
+            text += ", for memory had run out (oom)"
         super().__init__(f"{text}: {detail}" if detail else text)
+        if stderr:
+            self.add_note(f"The end of its standard error:\n{stderr.rstrip()}")
 
     def __reduce__(self) -> tuple[object, ...]:
-        return (type(self), (self.pid, self.status, self.detail))
+        return (type(self), (self.pid, self.status, self.detail, self.oom, self.stderr))
+
+
+class CallCancelled(Exception):
+    """A call ended by a cancellation, or a KeyboardInterrupt, of the worker's own: its owner
+    did not ask for it."""
+
+    def __init__(self) -> None:
+        super().__init__("the call was cancelled in the worker")
 
 
 class RemoteError(Exception):

@@ -44,13 +44,25 @@ def by_reference(call: Target, method: str) -> tuple[bytes, bool]:
     return data, pickler.names_main
 
 
-def by_value(call: Target, method: str) -> bytes:
+def looked_through(
+    call: tuple[Any, ...], out_of_band: Callable[[Any], object]
+) -> tuple[bytes, bool]:
+    """:func:`by_reference` of what is large: its bytes are not searched."""
+    file = io.BytesIO()
+    pickler = _Pickler(file, protocol=5, buffer_callback=out_of_band)
+    pickler.dump(call)
+    return file.getvalue(), pickler.names_main
+
+
+def by_value(
+    call: tuple[Any, ...], method: str, out_of_band: Callable[[Any], object] | None = None
+) -> bytes:
     """What is defined in ``__main__``, and functions without a name of their own, as they
     are; what is in modules by reference."""
     import cloudpickle  # not when this package is imported: it takes long
 
     try:
-        data: bytes = cloudpickle.dumps(call, protocol=5)
+        data: bytes = cloudpickle.dumps(call, protocol=5, buffer_callback=out_of_band)
     except Exception as exc:
         raise _refused(method, exc) from exc
     return data

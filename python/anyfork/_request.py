@@ -11,8 +11,8 @@ from ._child import Child
 from ._options import Options, Path
 
 # The table is fixed when the library is built, and an interpreter stays what it is.
-_TRAITS = {row["name"]: row for row in _anyfork.method_traits()}
-_NAMES = tuple(_TRAITS)
+TRAITS = {row["name"]: row for row in _anyfork.method_traits()}
+_NAMES = tuple(TRAITS)
 DEFAULT = _template.METHOD
 # inspect.CO_COROUTINE, CO_ASYNC_GENERATOR
 _CO_COROUTINE, _CO_ASYNC_GENERATOR = 0x80, 0x200
@@ -24,7 +24,7 @@ _NOT_HERE = (
 )
 
 
-def _is_async(fn: object) -> bool:
+def is_async(fn: object) -> bool:
     """As inspect.iscoroutinefunction(); its import takes longer than a start."""
     while isinstance(fn, functools.partial):
         fn = fn.func
@@ -39,7 +39,7 @@ def _check(fn: object, method: object) -> str:
         hint = "; a program is started by spawn(argv=[...])" if isinstance(fn, list | tuple) else ""
         what = "nothing" if fn is None else f"{type(fn).__name__}: {fn!r}"
         raise TypeError(f"the target must be callable, not {what}{hint}")
-    if _is_async(fn):
+    if is_async(fn):
         raise TypeError(
             f"the target is a coroutine function, which needs a loop to run in: {fn!r}; give "
             "spawn(trio.run, fn, ...) or a function that calls asyncio.run(fn(...))"
@@ -68,7 +68,7 @@ def _check_options(method: str, options: Options) -> dict[str, Any] | None:
     if not options:
         return None
     prepared = _options.prepare(method, options)
-    if not _TRAITS[method]["has_process"]:
+    if not TRAITS[method]["has_process"]:
         raise ValueError(
             f"{method}: {min(options)}: the worker is a thread of this process, and has no "
             "such state of its own"
@@ -127,8 +127,8 @@ def spawn(
     if name == _template.METHOD:
         return (template or _template.default()).start(fn, args, prepared)
     target: Callable[..., object] | bytes = fn
-    if _TRAITS[name]["pickles"]:
-        fresh = _TRAITS[name]["target"] == "fresh"
+    if TRAITS[name]["pickles"]:
+        fresh = TRAITS[name]["target"] == "fresh"
         target, args = _pickling.pickled((fn, args), name, fresh), ()
     with _boot.loop_remembered():
         child = _anyfork.spawn(Child, name, target, args, prepared, -1, None)

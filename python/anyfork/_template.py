@@ -210,6 +210,11 @@ class Template:
 
     # ---- making it ----------------------------------------------------------------
 
+    def is_made(self) -> bool:
+        """Whether there is a process of it, so that a start does not wait for one."""
+        made = self._made
+        return made is not None and made.owner == os.getpid()
+
     def warm(self) -> Self:
         """Make its process now, if there is none; return when it serves.
 

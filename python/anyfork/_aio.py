@@ -1,0 +1,859 @@
+"""Workers for event loops: one API for trio, asyncio and anyio.
+
+Cancellation, checkpoints and names follow trio's rules on every loop. What waits for workers
+is the loop's own; scopes, task groups and events are anyio's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections import deque
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, Self, Unpack
+
+import anyio
+import anyio.to_thread
+from anyio.lowlevel import checkpoint
+
+from . import _request, _session, _template
+from ._errors import WorkerDied
+from ._link import Chunks, Link, context_of, pool_sizes
+from ._options import Options
+
+if TYPE_CHECKING:
+    import asyncio
+
+GRACE = 0.5
+"""Seconds that a cancelled call, or a worker that is to end, has to do so by itself."""
+
+
+class _Trio:
+    """trio's way of waiting."""
+
+    loop = "trio"
+
+    def __init__(self) -> None:
+        import trio
+
+        self.now = trio.current_time
+        self._wait_readable = trio.lowlevel.wait_readable
+        self._move_on_after = trio.move_on_after
+
+    async def wait(self, link: Link, timeout: float | None) -> bool:
+        if timeout is None:
+            await self._wait_readable(link.fileno())
+            return True
+        with self._move_on_after(timeout):
+            await self._wait_readable(link.fileno())
+            return True
+        return False
+
+    def shield(self) -> contextlib.AbstractContextManager[object]:
+        return anyio.CancelScope(shield=True)
+
+
+class _Asyncio:
+    """asyncio's. With a future of its own: anyio's wait_readable() takes twice as long."""
+
+    loop = "asyncio"
+
+    def __init__(self) -> None:
+        import asyncio
+
+        self._loop = asyncio.get_running_loop()
+        self.now = self._loop.time
+
+    async def wait(self, link: Link, timeout: float | None) -> bool:
+        loop, fd = self._loop, link.fileno()
+        came: asyncio.Future[bool] = loop.create_future()
+        timer = None
+        if timeout is not None:
+            timer = loop.call_later(timeout, _resolve, came, False)
+        loop.add_reader(fd, _resolve, came, True)
+        try:
+            return await came
+        finally:
+            loop.remove_reader(fd)
+            if timer is not None:
+                timer.cancel()
+
+    def shield(self) -> contextlib.AbstractContextManager[object]:
+        return anyio.CancelScope(shield=True)
+
+
+def _resolve(future: asyncio.Future[bool], value: bool) -> None:
+    if not future.done():
+        future.set_result(value)
+
+
+def running_loop() -> str | None:
+    """ "trio" or "asyncio": whose code this is."""
+    trio: Any = sys.modules.get("trio")
+    if trio is not None and trio.lowlevel.in_trio_run():
+        return "trio"
+    asyncio: Any = sys.modules.get("asyncio")
+    if asyncio is not None and asyncio._get_running_loop() is not None:
+        return "asyncio"
+    return None
+
+
+def _io(wanted: str | None) -> _Trio | _Asyncio:
+    loop = running_loop()
+    if loop is None or wanted not in (None, loop):
+        where = "outside of an event loop" if loop is None else f"in a program that runs {loop}"
+        other = "anyfork.sync" if loop is None else f"anyfork.{loop}"
+        raise RuntimeError(f"anyfork.{wanted or 'anyio'} was called {where}: use {other} there")
+    return _Trio() if loop == "trio" else _Asyncio()
+
+
+class _Turns:
+    """So many at once; who comes first is served first."""
+
+    def __init__(self, free: int) -> None:
+        self._free = free
+        self._waiting: deque[anyio.Event] = deque()
+
+    async def acquire(self) -> None:
+        """Not always a checkpoint: what follows is one."""
+        if self._free:
+            self._free -= 1
+            return
+        event = anyio.Event()
+        self._waiting.append(event)
+        try:
+            await event.wait()
+        except BaseException:
+            if event.is_set():  # it had its turn, and does not take it
+                self.release()
+            else:
+                self._waiting.remove(event)
+            raise
+
+    def release(self) -> None:
+        if self._waiting:
+            self._waiting.popleft().set()
+        else:
+            self._free += 1
+
+
+def _extras(context: Iterable[ContextVar[Any]]) -> dict[str, Any] | None:
+    return {"context": context_of(context)} if context else None
+
+
+async def _warm(method: str | None, options: Any) -> None:
+    """Make the template in a thread, if there is none: it takes as long as its preloads."""
+    if method in (None, _request.DEFAULT):
+        template = options.get("template") or _template.default()
+        if isinstance(template, _template.Template) and not template.is_made():
+            await anyio.to_thread.run_sync(template.warm, abandon_on_cancel=True)
+    await checkpoint()
+
+
+class Stream:
+    """A running call that sends and receives; made by :meth:`Worker.open_stream`.
+
+    What the target raises is raised by :meth:`receive`, once its items are taken, by
+    :meth:`result`, or else at the end of the block. One task may send while another receives.
+    """
+
+    def __init__(self, io: Any, link: Link, call: _session.Call) -> None:
+        self._io = io
+        self._link = link
+        self._call = call
+        assert call.stream is not None
+        self._stream = call.stream
+        self._reading = False
+        self._news = anyio.Event()
+        self._sent_eof = False
+        self._told = False  # what came of it
+
+    async def _wait(self) -> None:
+        """Until something has come, for whichever task it is."""
+        if self._reading:
+            await self._news.wait()
+            return
+        self._reading = True
+        try:
+            await self._io.wait(self._link, None)
+            self._link.advance()
+            if self._link.over and not self._call.done:
+                await self._link.lost(self._call)
+        finally:
+            self._reading = False
+            news, self._news = self._news, anyio.Event()
+            news.set()
+
+    async def _say(self, kind: int, parts: Any = (), fds: Any = ()) -> None:
+        message = kind, self._call.first, parts, fds
+        with contextlib.suppress(ConnectionError):  # its end is told by receive()
+            while not self._call.done and not self._link.channel.send(*message):
+                with self._link.writable():
+                    await self._wait()
+
+    async def send(self, value: object) -> None:
+        """Send an item to the target; waits while a window full of them has not been taken.
+
+        Raises: TypeError, if it cannot be pickled; anyio.ClosedResourceError after
+        :meth:`send_eof`; anyio.BrokenResourceError, if the target has ended.
+        """
+        await checkpoint()
+        if self._sent_eof:
+            raise anyio.ClosedResourceError
+        while not self._stream.credit and not self._call.done:
+            await self._wait()
+        if self._call.done:
+            raise anyio.BrokenResourceError
+        kind, _first, parts, fds = self._link.session.item(value)
+        await self._say(kind, parts, fds)
+
+    async def send_eof(self) -> None:
+        """There will be no more items from this side."""
+        await checkpoint()
+        if not self._sent_eof:
+            self._sent_eof = True
+            await self._say(_session.END)
+
+    async def receive(self) -> Any:
+        """The target's next item. anyio.EndOfStream: there will be none; or what it raised."""
+        await checkpoint()
+        while not self._stream.items:
+            if self._call.done and not self._told:
+                self._outcome()
+            if self._stream.ended or self._call.done:
+                raise anyio.EndOfStream
+            await self._wait()
+        item, credit = self._stream.take()
+        if credit and not self._call.done:
+            await self._say(_session.CREDIT, _session.number(credit))
+        return item
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Any:
+        try:
+            return await self.receive()
+        except anyio.EndOfStream:
+            raise StopAsyncIteration from None
+
+    async def result(self) -> Any:
+        """Wait for the target's end; what it returned, or raised. Its items that were not
+        received are dropped."""
+        await checkpoint()
+        while not self._call.done:
+            while self._stream.items:
+                _item, credit = self._stream.take()
+                if credit:
+                    await self._say(_session.CREDIT, _session.number(credit))
+            if not self._call.done:
+                await self._wait()
+        return self._outcome()
+
+    def _outcome(self) -> Any:
+        if not self._told:
+            self._told = True
+            self._value = self._link.outcome(self._call)
+        return self._value
+
+    _value: Any = None
+
+    async def _close(self) -> None:
+        """The block has ended: so does the call."""
+        try:
+            if not self._call.done:
+                await self._link.leave(self._call)
+        finally:
+            self._stream.drop()
+
+
+class Worker:
+    """A worker process that is called. Made by ``open_worker()``.
+
+    One call at a time: who calls meanwhile waits for its turn.
+    """
+
+    def __init__(self, io: Any, link: Link) -> None:
+        self._io = io
+        self._link = link
+        self._turns = _Turns(1)
+
+    @property
+    def pid(self) -> int | None:
+        """Its process id; None for a thread of this process."""
+        return self._link.child.pid
+
+    def statistics(self) -> dict[str, Any]:
+        """Calls so far, how many failed or were cancelled; seconds that one takes, of late;
+        messages and bytes in each direction, and how many of the bytes by shared memory."""
+        return self._link.figures()
+
+    async def run(
+        self,
+        fn: Callable[..., Any],
+        /,
+        *args: Any,
+        timeout: float | None = None,
+        context: Iterable[ContextVar[Any]] = (),
+        on_progress: Callable[[Any], object] | None = None,
+    ) -> Any:
+        """Call ``fn(*args)`` in the worker; return its result.
+
+        Args:
+          fn: a function, or a coroutine function, which runs in a loop of its own there.
+          timeout: seconds that the call may take; it is cancelled then.
+          context: context variables whose values it is to have.
+          on_progress: called, here, with what :func:`anyfork.report_progress` is called with
+            there.
+
+        Raises: what it raises, with the worker's traceback as a note; TimeoutError; WorkerDied,
+        with which the worker is of no use any more; CallCancelled, if it was cancelled there;
+        TypeError, if something cannot be pickled.
+
+        Cancelled, the worker is asked to leave the call (:class:`anyfork.Cancelled` is raised
+        where it is), and killed if it does not within ``grace``.
+        """
+        await self._turns.acquire()
+        try:
+            self._check()
+            return await self._link.run(fn, args, timeout, _extras(context), on_progress)
+        finally:
+            self._turns.release()
+
+    @contextlib.asynccontextmanager
+    async def open_stream(
+        self,
+        fn: Callable[..., Any],
+        /,
+        *args: Any,
+        context: Iterable[ContextVar[Any]] = (),
+        on_progress: Callable[[Any], object] | None = None,
+    ) -> AsyncIterator[Stream]:
+        """Call ``fn(stream, *args)`` in the worker, and talk with it meanwhile.
+
+        There, ``stream`` has ``send()``, ``receive()``, ``send_eof()`` and iteration; awaited
+        ones, if ``fn`` is a coroutine function. At the end of the block a call that has not
+        ended is cancelled: await :meth:`Stream.result` to have it end by itself.
+        """
+        await self._turns.acquire()
+        try:
+            self._check()
+            call = await self._link.open_stream(fn, args, _extras(context) or {})
+            call.on_progress = on_progress
+            stream = Stream(self._io, self._link, call)
+            try:
+                yield stream
+                if call.done and not stream._told:
+                    stream._outcome()
+            finally:
+                await stream._close()
+        finally:
+            self._turns.release()
+
+    def _check(self) -> None:
+        if self._link.over:
+            raise self._link.death()
+
+
+@contextlib.asynccontextmanager
+async def open_worker(
+    method: str | None = None,
+    *,
+    loop: str | None = None,
+    grace: float = GRACE,
+    initializer: Callable[..., object] | None = None,
+    initargs: tuple[Any, ...] = (),
+    log_level: int | None = None,
+    stderr_tail: bool = True,
+    start_timeout: float | None = 60,
+    _loop: str | None = None,
+    **options: Unpack[Options],
+) -> AsyncIterator[Worker]:
+    """A worker for the time of this block, at the end of which it has gone.
+
+    Args:
+      method: a name of :func:`anyfork.methods`; ``zygote`` unless it is given.
+      loop: "trio" or "asyncio", for targets that are coroutine functions; else this one.
+      grace: seconds that a cancelled call, and at the end the worker, has to end by itself.
+      initializer, initargs: called first in the worker.
+      log_level: have log records of that level and above logged here.
+      stderr_tail: keep the end of what it writes to its standard error, for WorkerDied; it
+        goes by a pipe then, to this program's. Not where ``stderr`` is given.
+      start_timeout: seconds until it must be ready; the initializer's time is part of it.
+      options: the state of the worker: see :class:`anyfork.Options`.
+
+    Raises: as :func:`anyfork.spawn`; what the initializer raised; TimeoutError.
+    """
+    io = _io(_loop)
+    await _warm(method, options)
+    link = Link.start(
+        io,
+        method=method,
+        grace=grace,
+        loop=loop,
+        initializer=None if initializer is None else (initializer, initargs),
+        log_level=log_level,
+        stderr_tail=stderr_tail,
+        options=options,
+    )
+    await link.ready(start_timeout)
+    try:
+        yield Worker(io, link)
+    finally:
+        await link.close()
+
+
+# ---- pools ------------------------------------------------------------------------
+
+
+class Pool:
+    """Workers that calls are shared among. Made by ``open_pool()``."""
+
+    def __init__(self, io: Any, group: Any, low: int, high: int, spec: dict[str, Any]) -> None:
+        self._io = io
+        self._group = group
+        self._low = low
+        self.size = high
+        self._max_calls: int | None = spec.pop("max_calls")
+        self._max_rss: int | None = spec.pop("max_rss")
+        self._idle_time: float = spec.pop("idle")
+        self._start_timeout: float | None = spec.pop("start_timeout")
+        self._spec = spec
+        self._turns = _Turns(high)
+        self._idle: list[tuple[Link, float]] = []  # and since when
+        self._links: set[Link] = set()
+        self._closed = False
+        self._ended = {"calls": 0, "failed": 0, "cancelled": 0}
+        self._counts = {"started": 0, "died": 0, "recycled": 0}
+
+    # ---- workers -----------------------------------------------------------------------
+
+    def _start(self) -> Link:
+        """A worker that will be ready before long."""
+        link = Link.start(self._io, **self._spec)
+        self._links.add(link)
+        self._counts["started"] += 1
+        return link
+
+    async def _await_ready(self, link: Link) -> None:
+        try:
+            await link.ready(self._start_timeout)
+        except BaseException:
+            self._links.discard(link)
+            raise
+
+    async def _open(self) -> None:
+        """The first ones, all at once."""
+        await _warm(self._spec["method"], self._spec["options"])
+        self._idle = [(self._start(), self._io.now()) for _ in range(self._low)]
+        for link, _since in list(self._idle):
+            await self._await_ready(link)
+        if self.size > self._low:
+            self._group.start_soon(self._shrink)
+
+    async def _shrink(self) -> None:
+        """End those that had nothing to do for long."""
+        while True:
+            await anyio.sleep(self._idle_time / 2)
+            since = self._io.now() - self._idle_time
+            while len(self._links) > self._low and self._idle and self._idle[0][1] < since:
+                await self._end(self._idle.pop(0)[0])
+
+    async def _take(self) -> Link:
+        """A worker that is ready, for one call; to be given back."""
+        await self._turns.acquire()
+        try:
+            if self._closed:
+                raise anyio.ClosedResourceError
+            while self._idle:
+                link, _since = self._idle.pop()
+                if not link.over:
+                    break
+                await self._bury(link)
+            else:
+                link = self._start()
+            if not link.session.ready:
+                await self._await_ready(link)
+            return link
+        except BaseException:
+            self._turns.release()
+            raise
+
+    async def _give(self, link: Link) -> None:
+        try:
+            if link.over or link.killed:
+                await self._bury(link)
+            elif self._is_worn(link):
+                self._counts["recycled"] += 1
+                await self._end(link)
+            else:
+                self._idle.append((link, self._io.now()))
+                return
+            if len(self._links) < self._low and not self._closed:
+                with contextlib.suppress(Exception):  # the next call is told
+                    self._idle.append((self._start(), self._io.now()))
+        finally:
+            self._turns.release()
+
+    def _is_worn(self, link: Link) -> bool:
+        if self._max_calls is not None and link.statistics["calls"] >= self._max_calls:
+            return True
+        return self._max_rss is not None and link.rss() > self._max_rss
+
+    async def _bury(self, link: Link) -> None:
+        if not link.killed:
+            self._counts["died"] += 1
+        await self._end(link)
+
+    async def _end(self, link: Link) -> None:
+        self._links.discard(link)
+        for name in self._ended:
+            self._ended[name] += link.statistics[name]
+        await link.close()
+
+    async def _close(self) -> None:
+        self._closed = True
+        self._idle.clear()
+        for link in self._links:  # so that they end together
+            link.channel.close()
+        try:
+            for link in list(self._links):
+                await self._end(link)
+        finally:
+            for link in self._links:
+                link.child.close()
+
+    # ---- calls -------------------------------------------------------------------------
+
+    async def run(
+        self,
+        fn: Callable[..., Any],
+        /,
+        *args: Any,
+        timeout: float | None = None,
+        context: Iterable[ContextVar[Any]] = (),
+        on_progress: Callable[[Any], object] | None = None,
+    ) -> Any:
+        """Call ``fn(*args)`` in a worker of the pool: see :meth:`Worker.run`.
+
+        A worker that dies fails its own call only, by WorkerDied, and another takes its place.
+        ``timeout`` counts from when a worker is free.
+        """
+        extras = _extras(context)
+        for attempt in range(3):
+            link = await self._take()
+            try:
+                return await link.run(fn, args, timeout, extras, on_progress)
+            except WorkerDied:
+                # It died while it had nothing to do: this call never began.
+                if link.began or attempt == 2:
+                    raise
+            finally:
+                await self._give(link)
+        raise AssertionError
+
+    def map(
+        self,
+        fn: Callable[[Any], Any],
+        iterable: Iterable[Any] | AsyncIterable[Any],
+        /,
+        *,
+        chunks: int | None = None,
+        ordered: bool = True,
+        return_exceptions: bool = False,
+        deadline: float | None = None,
+    ) -> Results:
+        """``fn(item)`` of each item, as an async iterator of the results.
+
+        Args:
+          iterable: of any length; taken from as results are.
+          chunks: how many calls to send to a worker together; else what takes about a
+            millisecond. A worker that dies fails only the call it was at; those behind it
+            go to another.
+          ordered: results come in the order of the items; else as they are done.
+          return_exceptions: what a call raises is its result; else it is raised, and the
+            iteration is over.
+          deadline: seconds, after which TimeoutError is raised and what runs is cancelled.
+        """
+        return Results(self, fn, iterable, Chunks(chunks), ordered, return_exceptions, deadline)
+
+    def statistics(self) -> dict[str, Any]:
+        """Workers now and how many of them have nothing to do; started, died and recycled so
+        far; calls, failed and cancelled."""
+        totals = {
+            name: count + sum(link.statistics[name] for link in self._links)
+            for name, count in self._ended.items()
+        }
+        return {"workers": len(self._links), "idle": len(self._idle), **self._counts, **totals}
+
+    def pids(self) -> list[int | None]:
+        """The workers' process ids."""
+        return [link.child.pid for link in self._links]
+
+
+class Results:
+    """The async iterator of :meth:`Pool.map`. :meth:`aclose` cancels what still runs, which the
+    end of the iteration, and of the pool, does too."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        fn: Callable[[Any], Any],
+        iterable: Iterable[Any] | AsyncIterable[Any],
+        chunks: Chunks,
+        ordered: bool,
+        return_exceptions: bool,
+        deadline: float | None,
+    ) -> None:
+        self._pool = pool
+        self._fn = fn
+        self._items: Iterator[Any] | AsyncIterator[Any]
+        if isinstance(iterable, AsyncIterable):
+            self._items = aiter(iterable)
+        else:
+            self._items = iter(iterable)
+        self._chunks = chunks
+        self._ordered = ordered
+        self._return_exceptions = return_exceptions
+        self._deadline = None if deadline is None else pool._io.now() + deadline
+        self._scopes: set[anyio.CancelScope] = set()
+        self._begun = self._finished = False
+        self._pulling = anyio.Lock()
+        self._exhausted = False
+        self._left: deque[list[tuple[int, Any]]] = deque()
+        self._pulled = 0  # items taken from the iterable
+        self._given = 0  # results that the user has
+        self._done: dict[int, _session.Outcome] = {}
+        self._order: deque[int] = deque()  # as completed
+        self._news = anyio.Event()
+        self._waiting = 0
+        self._feeding = 0
+        self._failure: BaseException | None = None
+
+    # ---- feeding -----------------------------------------------------------------------
+
+    async def _pull(self) -> list[tuple[int, Any]] | None:
+        """The next chunk; None: there is none."""
+        if self._left:
+            return self._left.popleft()
+        async with self._pulling:
+            # As much as may be under way while nobody takes results.
+            while self._pulled - self._given > 4 * self._pool.size * self._chunks.size:
+                await self._wait()
+            chunk: list[tuple[int, Any]] = []
+            while len(chunk) < self._chunks.size and not self._exhausted:
+                try:
+                    if isinstance(self._items, AsyncIterator):
+                        item = await anext(self._items)
+                    else:
+                        item = next(self._items)
+                except (StopIteration, StopAsyncIteration):
+                    self._exhausted = True
+                    break
+                chunk.append((self._pulled, item))
+                self._pulled += 1
+                if isinstance(self._items, AsyncIterator):
+                    break  # the next one may be long in coming
+            return chunk or None
+
+    async def _feed(self) -> None:
+        """One of as many tasks as there are workers."""
+        try:
+            with self._scope_of_feeder():
+                while (chunk := await self._pull()) is not None or self._left:
+                    if chunk is None:
+                        chunk = self._left.popleft()
+                    link = await self._pool._take()
+                    try:
+                        await self._perform(link, chunk)
+                    finally:
+                        await self._pool._give(link)
+        except Exception as exc:  # the iterable's, or no worker can be started
+            self._failure = self._failure or exc
+        finally:
+            self._feeding -= 1
+            self._tell()
+
+    @contextlib.contextmanager
+    def _scope_of_feeder(self) -> Iterator[None]:
+        scope = anyio.CancelScope()
+        self._scopes.add(scope)
+        try:
+            with scope:
+                yield
+        finally:
+            self._scopes.discard(scope)
+
+    async def _perform(self, link: Link, chunk: list[tuple[int, Any]]) -> None:
+        try:
+            call, message = link.begin_many(self._fn, [(item,) for _index, item in chunk])
+        except Exception as exc:
+            if len(chunk) == 1:
+                self._answer(chunk[0][0], (False, exc))
+            else:  # one by one: it is only one of them, perhaps
+                self._left.extend([one] for one in chunk)
+            return
+        indices = iter([index for index, _item in chunk])
+        call.on_answer = lambda outcome: self._answer(next(indices), outcome)
+        began = self._pool._io.now()
+        left = 0
+        try:
+            await link.perform(call, message)
+        finally:
+            left = call.unbegun
+            link.statistics["calls"] += len(chunk) - left
+        if left:
+            self._left.append(chunk[-left:])
+        elif not link.over:
+            self._chunks.took(self._pool._io.now() - began, len(chunk))
+
+    def _answer(self, index: int, outcome: _session.Outcome) -> None:
+        self._done[index] = outcome
+        if not self._ordered:
+            self._order.append(index)
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._waiting:
+            news, self._news = self._news, anyio.Event()
+            news.set()
+
+    async def _wait(self) -> None:
+        self._waiting += 1
+        try:
+            await self._news.wait()
+        finally:
+            self._waiting -= 1
+
+    # ---- taking ------------------------------------------------------------------------
+
+    def __aiter__(self) -> Self:
+        return self
+
+    def _begin(self) -> None:
+        self._begun = True
+        self._feeding = self._pool.size
+        for _ in range(self._pool.size):
+            self._pool._group.start_soon(self._feed)
+
+    def _next_index(self) -> int | None:
+        if self._ordered:
+            return self._given if self._given in self._done else None
+        return self._order.popleft() if self._order else None
+
+    async def __anext__(self) -> Any:
+        if self._finished:
+            raise StopAsyncIteration
+        if not self._begun:
+            self._begin()
+        await checkpoint()
+        while (index := self._next_index()) is None:
+            if self._failure is not None:
+                await self.aclose()
+                raise self._failure
+            if not self._feeding:
+                if self._given == self._pulled and self._exhausted:
+                    self._finished = True
+                    raise StopAsyncIteration
+                raise anyio.ClosedResourceError  # the pool has
+            await self._wait_in_time()
+        self._given += 1
+        self._tell()
+        returned, value = self._done.pop(index)
+        if returned or self._return_exceptions:
+            return value
+        await self.aclose()
+        raise value
+
+    async def _wait_in_time(self) -> None:
+        if self._deadline is None:
+            await self._wait()
+            return
+        left = max(0.0, self._deadline - self._pool._io.now())
+        with anyio.move_on_after(left) as scope:
+            await self._wait()
+        if scope.cancelled_caught:
+            await self.aclose()
+            raise TimeoutError("the results were not there by the deadline")
+
+    async def aclose(self) -> None:
+        """Cancel what still runs; returns when it does no more."""
+        self._finished = True
+        if self._begun:
+            for scope in self._scopes:
+                scope.cancel()
+            with anyio.CancelScope(shield=True):
+                while self._feeding:
+                    await self._wait()
+        await checkpoint()
+
+    def __del__(self) -> None:
+        if self._begun and not self._finished:
+            for scope in self._scopes:
+                scope.cancel()
+
+
+@contextlib.asynccontextmanager
+async def open_pool(
+    size: int | None = None,
+    *,
+    min: int | None = None,
+    max: int | None = None,
+    method: str | None = None,
+    loop: str | None = None,
+    grace: float = GRACE,
+    initializer: Callable[..., object] | None = None,
+    initargs: tuple[Any, ...] = (),
+    max_calls: int | None = None,
+    max_rss: int | None = None,
+    idle: float = 60.0,
+    log_level: int | None = None,
+    stderr_tail: bool = True,
+    start_timeout: float | None = 60,
+    _loop: str | None = None,
+    **options: Unpack[Options],
+) -> AsyncIterator[Pool]:
+    """Workers for the time of this block, at the end of which they have gone.
+
+    Args:
+      size: how many; else as many as this process may use CPUs. Or
+      min, max: it grows to ``max`` while calls wait, and shrinks to ``min`` when workers had
+        nothing to do for ``idle`` seconds.
+      max_calls: a worker is replaced after so many.
+      max_rss: a worker that holds more bytes after a call is replaced.
+      Others: as of ``open_worker()``.
+
+    Raises: as ``open_worker()``.
+    """
+    low, high = pool_sizes(size, min, max)
+    spec = {
+        "method": method,
+        "loop": loop,
+        "grace": grace,
+        "initializer": None if initializer is None else (initializer, initargs),
+        "log_level": log_level,
+        "stderr_tail": stderr_tail,
+        "options": options,
+        "max_calls": max_calls,
+        "max_rss": max_rss,
+        "idle": idle,
+        "start_timeout": start_timeout,
+    }
+    io = _io(_loop)
+    failure: BaseException | None = None
+    async with anyio.create_task_group() as group:
+        pool = Pool(io, group, low, high, spec)
+        try:
+            await pool._open()
+            yield pool
+        except BaseException as exc:
+            failure = exc
+            if isinstance(exc, anyio.get_cancelled_exc_class()):
+                raise
+        finally:
+            group.cancel_scope.cancel()
+            await pool._close()
+    if failure is not None:
+        # As it is: the group would wrap it.
+        raise failure

@@ -1,0 +1,538 @@
+"""A worker and the channel to it: how a call goes, whoever waits.
+
+Written once for every way of waiting. ``_Io`` is one of them; that of :mod:`anyfork.sync`
+blocks in its ``wait()``, so that its coroutines run through without ever being suspended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
+from typing import Any, Protocol
+
+from . import _anyfork, _memory, _request, _session, _worker
+from ._child import Child
+from ._errors import CallCancelled, SpawnError, WorkerDied, worker_name
+from ._options import Options
+from ._session import CALL, CALL_MANY, CALL_WITH, Call, ProtocolError, Session
+
+_TAIL = 4096  # bytes of a worker's standard error that are kept
+_WINDOW = 16  # items of a stream on their way, in each direction
+_ORDERLY = 5.0  # seconds that a worker which has closed its channel has to end
+
+
+class Io(Protocol):
+    """A way of waiting."""
+
+    @property
+    def loop(self) -> str | None:
+        """For targets that are coroutine functions, where nothing else is asked for."""
+
+    @property
+    def now(self) -> Callable[[], float]:
+        """Seconds, of the clock that this loop goes by."""
+
+    async def wait(self, link: Link, timeout: float | None) -> bool:
+        """Until the link is readable; False: it was not, after so many seconds."""
+
+    def shield(self) -> contextlib.AbstractContextManager[object]:
+        """What runs in it is not cancelled: it takes a bounded time."""
+
+
+class Link:
+    """One worker, and what its owner knows of it. Not thread-safe: one caller at a time.
+
+    Args of :meth:`start`: see :func:`anyfork.anyio.open_worker`.
+    """
+
+    def __init__(self, child: Child, channel: Any, session: Session, io: Io, grace: float) -> None:
+        self.child = child
+        self.channel = channel
+        self.session = session
+        self.grace = grace
+        self.statistics = {"calls": 0, "failed": 0, "cancelled": 0}
+        self.service = 0.0  # seconds that a call took, of late
+        self.over = False  # it sends nothing more
+        self.killed = False  # by us
+        self.rss_page = os.sysconf("SC_PAGE_SIZE")
+        self._io = io
+        self._tail = b""
+        self._stderr = -1
+        self._epoll = select.epoll()
+        self._epoll.register(channel.fileno(), select.EPOLLIN)
+        self._watched = child.wake_fd
+        self._epoll.register(self._watched, select.EPOLLIN)
+        if child.stderr is not None:
+            self._stderr = child.stderr.fileno()
+            os.set_blocking(self._stderr, False)
+            self._epoll.register(self._stderr, select.EPOLLIN)
+
+    # ---- start and end -----------------------------------------------------------------
+
+    @classmethod
+    def start(
+        cls,
+        io: Io,
+        *,
+        method: str | None,
+        grace: float,
+        loop: str | None,
+        initializer: tuple[Callable[..., object], tuple[object, ...]] | None,
+        log_level: int | None,
+        stderr_tail: bool,
+        options: Options,
+    ) -> Link:
+        """Start the worker; :meth:`ready` waits for it."""
+        name = _request.DEFAULT if method is None else method
+        traits = _request.TRAITS.get(name)
+        if traits is None:  # says so
+            _request.spawn(_worker.main, method=method)
+        assert traits is not None
+        same_main = traits["target"] == "caller"
+        spec: dict[str, Any] = {"loop": loop or io.loop, "log_level": log_level}
+        if initializer is not None:
+            spec["initializer"] = _session.dump_call(initializer, name, same_main)
+            if spec["initializer"][1]:
+                raise TypeError("initializer: a Descriptor can be an argument of calls only")
+        _memory.look()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with contextlib.closing(ours), contextlib.closing(theirs):
+            if not traits["has_process"]:
+                child = _request.spawn(_worker.main, theirs.fileno(), spec, method=name, **options)
+                theirs.detach()  # that thread's from now on
+            else:
+                options = options.copy()
+                options["pass_fds"] = [*options.get("pass_fds", ()), theirs.fileno()]
+                if stderr_tail and options.get("stderr") is None:
+                    options["stderr"] = subprocess.PIPE
+                child = _request.spawn(_worker.main, theirs.fileno(), spec, method=name, **options)
+            try:
+                channel = _anyfork.Channel(ours.detach())
+                return cls(child, channel, Session(name, same_main), io, grace)
+            except BaseException:
+                child.close()
+                raise
+
+    async def ready(self, timeout: float | None) -> None:
+        """Wait until it takes calls. Raises what its initializer raised; SpawnError,
+        WorkerDied, TimeoutError; and it has ended then."""
+        deadline = None if timeout is None else self._io.now() + timeout
+        try:
+            while not self.session.ready:
+                await self._wait(deadline)
+                self.advance()
+                if self.over and not self.session.ready:
+                    died = await self._death()
+                    exc = self.child.exception(0)
+                    raise exc if exc is not None and not isinstance(exc, WorkerDied) else died
+        except BaseException:
+            with self._io.shield():
+                await self.end(0)
+            raise
+
+    async def _wait(self, deadline: float | None) -> None:
+        left = None if deadline is None else max(0.0, deadline - self._io.now())
+        if not await self._io.wait(self, left) and deadline is not None:
+            raise TimeoutError(f"{worker_name(self.child.pid)} did not answer in time")
+
+    async def close(self) -> None:
+        """:meth:`end`, whatever comes in between."""
+        try:
+            with self._io.shield():
+                await self.end()
+        except BaseException:
+            self.child.close()  # kills it
+            raise
+
+    async def end(self, grace: float | None = None) -> None:
+        """Let it end: asked first, then killed, and reaped. Nothing of it is left."""
+        self.channel.close()
+        self.over = True
+        if self.child._closed:
+            return
+        await self._await_end(self.grace if grace is None else grace)
+        self._pump()
+        self._epoll.close()
+        self.child.close()
+
+    async def _await_end(self, grace: float) -> None:
+        """Until the process has ended; killed after so many seconds."""
+        deadline = self._io.now() + grace
+        while self.child.is_alive():
+            self._watch()
+            left = deadline - self._io.now()
+            if left <= 0 and not self.killed:
+                self.kill()
+            if left <= 0 and self.child.pid is None:
+                return  # a thread of this process: it goes on, unheard
+            await self._io.wait(self, None if self.killed else left)
+            self._pump()
+
+    def kill(self) -> None:
+        """At once. Of a thread of this process, only its channel ends."""
+        self.killed = True
+        if self.child.pid is not None:
+            self.child.kill()
+
+    async def lost(self, call: Call) -> None:
+        """It says nothing more, and this call was not answered."""
+        call.lost(await self._death())
+
+    async def _death(self) -> WorkerDied:
+        """What a worker that says nothing more has died of; waits until it has."""
+        await self._await_end(_ORDERLY)
+        self._pump()
+        return self.death()
+
+    def death(self) -> WorkerDied:
+        """As an exception; the worker has ended."""
+        child = self.child
+        died = child.exception(0) if not child.is_alive() else None
+        status = child._status
+        oom = not self.killed and child.returncode == -signal.SIGKILL and _memory.has_killed()
+        detail = "" if isinstance(died, WorkerDied) or died is None else repr(died)
+        exc = WorkerDied(child.pid, status, detail, oom, self.tail())
+        if died is not None and not isinstance(died, WorkerDied):
+            exc.__cause__ = died
+        return exc
+
+    # ---- what comes ----------------------------------------------------------------------
+
+    def fileno(self) -> int:
+        """For event loops: readable when :meth:`advance` has something to do."""
+        return self._epoll.fileno()
+
+    def advance(self) -> None:
+        """Take in what has come, without waiting."""
+        receive, session = self.channel.receive, self.session
+        try:
+            message = receive()
+            if message is None:
+                self._look()
+                return
+            while message is not None:
+                session.received(message)
+                call = session.call
+                if call is not None and call.done:
+                    return  # and nothing follows
+                message = receive()
+        except (EOFError, ConnectionError):
+            self._over()
+        except Exception as exc:
+            self._over()
+            self.kill()
+            if not isinstance(exc, ProtocolError):
+                raise
+
+    def _over(self) -> None:
+        if not self.over:
+            self.over = True
+            self._epoll.unregister(self.channel.fileno())
+
+    def _look(self) -> None:
+        """There was no message: news of the process, then, or of its standard error."""
+        self._pump()
+        if not self.child.is_alive():
+            # A child of its own may hold the channel. What it has sent came before that.
+            if not self.over:
+                self.channel.shutdown()
+                self._drain()
+                self._over()
+        else:
+            self._watch()
+
+    def _drain(self) -> None:
+        with contextlib.suppress(EOFError, ConnectionError, ProtocolError):
+            while (message := self.channel.receive()) is not None:
+                self.session.received(message)
+
+    def _watch(self) -> None:
+        fd = self.child.wake_fd
+        if fd != self._watched:
+            with contextlib.suppress(OSError):
+                self._epoll.unregister(self._watched)
+            self._epoll.register(fd, select.EPOLLIN)
+            self._watched = fd
+
+    def _pump(self) -> None:
+        """Pass on what it wrote to its standard error, and keep the end of it."""
+        while self._stderr >= 0:
+            try:
+                data = os.read(self._stderr, 65536)
+            except BlockingIOError:
+                return
+            if not data:
+                self._epoll.unregister(self._stderr)
+                self._stderr = -1
+                return
+            self._tail = (self._tail + data)[-_TAIL:]
+            _write_all(2, data)
+
+    def tail(self) -> str:
+        """The end of its standard error."""
+        return self._tail.decode(errors="replace")
+
+    def rss(self) -> int:
+        """Bytes of memory that it holds; 0 if it has gone or is no process."""
+        try:
+            with open(f"/proc/{self.child.pid}/statm", "rb") as file:
+                return int(file.read().split()[1]) * self.rss_page
+        except (OSError, IndexError):
+            return 0
+
+    @property
+    def began(self) -> bool:
+        """Whether it may have begun its last call."""
+        return self.session.call is not None and self.session.call.started
+
+    def figures(self) -> dict[str, Any]:
+        """For statistics()."""
+        return {**self.statistics, "service": self.service, **self.channel.statistics()}
+
+    # ---- calls ---------------------------------------------------------------------------
+
+    async def run(
+        self,
+        fn: Callable[..., Any],
+        args: tuple[Any, ...],
+        timeout: float | None = None,
+        extras: dict[str, Any] | None = None,
+        on_progress: Callable[[Any], object] | None = None,
+    ) -> Any:
+        """One call, to its end."""
+        if extras is None:
+            call, message = self.session.begin(CALL, (fn, args))
+        else:
+            call, message = self.session.begin(CALL_WITH, (fn, args, extras))
+        call.on_progress = on_progress
+        began = self._io.now()
+        await self.perform(call, message, None if timeout is None else began + timeout)
+        self.service += (self._io.now() - began - self.service) / 8
+        return self.outcome(call)
+
+    def outcome(self, call: Call) -> Any:
+        """What the call came to, the first that was not taken yet."""
+        returned, value = call.outcomes.popleft()
+        self.statistics["calls"] += 1
+        if returned:
+            return value
+        self.statistics["failed"] += 1
+        try:
+            raise value
+        finally:
+            del value  # or the traceback holds itself
+
+    def begin_many(
+        self, fn: Callable[..., Any], calls: list[tuple[Any, ...]]
+    ) -> tuple[Call, _session.Message]:
+        """Several calls in one message."""
+        return self.session.begin(CALL_MANY, (fn, calls), len(calls))
+
+    async def perform(
+        self, call: Call, message: _session.Message, deadline: float | None = None
+    ) -> None:
+        """Send it and wait until all is answered; whatever goes wrong, it is over then."""
+        try:
+            if not self.channel.send(*message):
+                await self.send(message, deadline)
+            call.started = True
+            while not call.done:
+                await self._wait(deadline)
+                self.advance()
+                if self.over and not call.done:
+                    call.lost(await self._death())
+        except ConnectionError:
+            self._over()
+            call.lost(await self._death())
+        except BaseException:
+            await self.leave(call)
+            raise
+
+    async def leave(self, call: Call) -> None:
+        """:meth:`abandon` in the middle of something else. If that is disturbed too, the worker
+        is killed at once."""
+        try:
+            with self._io.shield():
+                await self.abandon(call)
+        except BaseException:
+            self._over()
+            self.kill()
+            call.lost(CallCancelled())
+            raise
+
+    async def send(self, message: _session.Message, deadline: float | None = None) -> None:
+        """Send it when there is room; the worker may have to be heard first."""
+        while not self.channel.send(*message):
+            with self.writable():
+                await self._wait(deadline)
+            self.advance()
+            if self.over:
+                raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    @contextlib.contextmanager
+    def writable(self) -> Iterator[None]:
+        """Meanwhile it counts as readable also when there is room to send."""
+        self._epoll.modify(self.channel.fileno(), select.EPOLLIN | select.EPOLLOUT)
+        try:
+            yield
+        finally:
+            if not self.over:
+                self._epoll.modify(self.channel.fileno(), select.EPOLLIN)
+
+    async def abandon(self, call: Call) -> None:
+        """Nobody waits for it any more: the worker is asked to leave it, and killed if it does
+        not. Takes ``grace`` and a kill's time at most."""
+        if call.done:
+            return
+        self.statistics["cancelled"] += 1
+        if not call.started:
+            call.lost(CallCancelled())
+            return
+        if not self.over and self.grace > 0:
+            self._ask()
+            deadline = self._io.now() + self.grace
+            while not (call.done or self.over) and (left := deadline - self._io.now()) > 0:
+                await self._io.wait(self, left)
+                self.advance()
+                self._forget(call)
+        if not call.done:
+            self._over()
+            self.kill()
+            await self._await_end(0)
+            call.lost(self.death())
+
+    def _ask(self) -> None:
+        message = self.session.cancel()
+        if message is not None:
+            with contextlib.suppress(ConnectionError):
+                self.channel.send(*message)
+            self._prod()
+
+    def _forget(self, call: Call) -> None:
+        """What comes of a call that nobody waits for."""
+        if call.stream is not None:
+            call.stream.drop()
+        if call.outcomes and isinstance(call.outcomes[-1][1], CallCancelled):
+            call.received = call.count  # those behind it are not begun
+
+    def _prod(self) -> None:
+        """The channel is not looked at by a target that runs: interrupt it."""
+        if self.child.pid is not None:
+            with contextlib.suppress(SpawnError):
+                self.child.signal(_worker.CANCEL_SIGNAL)
+
+    # ---- streams -------------------------------------------------------------------------
+
+    async def open_stream(
+        self, fn: Callable[..., Any], args: tuple[Any, ...], extras: dict[str, Any]
+    ) -> Call:
+        extras["stream"] = _WINDOW
+        call, message = self.session.begin(CALL_WITH, (fn, args, extras))
+        call.stream = _session.Stream(_WINDOW)
+        try:
+            await self.send(message)
+            call.started = True
+        except ConnectionError:
+            self._over()
+            call.lost(await self._death())
+        except BaseException:
+            await self.leave(call)
+            raise
+        return call
+
+
+def context_of(variables: Iterable[ContextVar[Any]]) -> list[tuple[str, str, Any]]:
+    """(module, name, value) of each; those that have no value are left out."""
+    return [(*_place(variable), variable.get()) for variable in variables if _has_value(variable)]
+
+
+def _has_value(variable: ContextVar[Any]) -> bool:
+    try:
+        variable.get()
+    except LookupError:
+        return False
+    return True
+
+
+_places: dict[ContextVar[Any], tuple[str, str]] = {}
+
+
+def _place(variable: ContextVar[Any]) -> tuple[str, str]:
+    """Where the worker finds it too: a module and its name there."""
+    if not isinstance(variable, ContextVar):
+        raise TypeError(f"context: a ContextVar is wanted, not {type(variable).__name__}")
+    if variable not in _places:
+        for module, name in [(m, variable.name) for m in list(sys.modules)]:
+            if module == "__main__" or getattr(sys.modules.get(module), name, None) is not variable:
+                continue
+            _places[variable] = module, name
+            break
+        else:
+            raise ValueError(
+                f"context: the variable {variable.name!r} is not to be found under its name in any "
+                "module that a worker can import"
+            )
+    return _places[variable]
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    with contextlib.suppress(OSError):  # nobody hears this program's errors either
+        while data:
+            data = data[os.write(fd, data) :]
+
+
+def cpus() -> float:
+    """How many CPUs this process may use, by affinity and by the quota of its cgroup."""
+    allowed = float(len(os.sched_getaffinity(0)))
+    try:
+        with open("/proc/self/cgroup") as file:
+            path = next(line[3:].strip() for line in file if line.startswith("0::"))
+        with open(f"/sys/fs/cgroup{path}/cpu.max") as file:
+            quota, period = file.read().split()
+    except (OSError, StopIteration, ValueError):
+        return allowed
+    return allowed if quota == "max" else min(allowed, int(quota) / int(period))
+
+
+class Chunks:
+    """How many small calls to send together: as many as take a millisecond, or so many."""
+
+    _SECONDS = 0.001
+    _MOST = 512
+
+    def __init__(self, fixed: int | None) -> None:
+        if fixed is not None and (isinstance(fixed, bool) or fixed < 1):
+            raise ValueError(f"chunks: at least one call at a time, not {fixed!r}")
+        self.size = fixed or 1
+        self._fixed = fixed is not None
+
+    def took(self, seconds: float, calls: int) -> None:
+        """What a chunk has taken, sending included."""
+        if not self._fixed:
+            wanted = int(self._SECONDS * calls / max(seconds, 1e-7))
+            self.size = max(1, min(wanted, 4 * self.size, self._MOST))
+
+
+def pool_sizes(size: int | None, low: int | None, high: int | None) -> tuple[int, int]:
+    """Of size, min and max of a pool. TypeError, ValueError."""
+    if size is not None and (low is not None or high is not None):
+        raise TypeError("size: a pool has a size, or min and max")
+    if size is None and high is None:
+        size = os.process_cpu_count() or 1
+    most = size if size is not None else high
+    least = most if low is None and high is None else low or 0
+    for name, number in (("size" if size is not None else "max", most), ("min", least)):
+        if not isinstance(number, int) or isinstance(number, bool):
+            raise TypeError(f"{name}: an int is wanted, not {type(number).__name__}")
+    assert most is not None and least is not None
+    if most < 1 or least < 0 or least > most:
+        raise ValueError(f"size: {least} to {most} workers are no pool")
+    return least, most

@@ -1,0 +1,671 @@
+"""Workers that talk, without an event loop: what blocks here blocks the calling thread.
+
+The same as :mod:`anyfork.anyio`, without ``async`` and ``await``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import sysconfig
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine, Iterable, Iterator
+from contextvars import ContextVar
+from typing import Any, Unpack
+
+from . import _session
+from ._errors import WorkerDied
+from ._link import Chunks, Link, context_of, cpus, pool_sizes
+from ._options import Options
+
+__all__ = ["Pool", "Stream", "Worker", "open_pool", "open_worker"]
+
+GRACE = 0.5
+"""Seconds that a cancelled call, or a worker that is to end, has to do so by itself."""
+
+# Waiting for an answer without giving up the GIL saves its way back, which takes 5 ms for
+# each thread that wants it; and keeps the other threads from running. So only where an answer
+# is about to come, and from another CPU.
+_POLLED = 200e-6  # seconds at most
+_SERVICE = 100e-6  # of workers that answer faster than that
+
+
+class _Blocking:
+    """The way of waiting without a loop; its coroutines are never suspended."""
+
+    loop = None
+    now = staticmethod(time.monotonic)
+
+    def __init__(self, polling: bool | None) -> None:
+        if polling is None:
+            polling = sysconfig.get_config_var("Py_GIL_DISABLED") != 1 and cpus() > 1
+        self.polling = polling
+
+    async def wait(self, link: Link, timeout: float | None) -> bool:
+        if link.channel.closed:
+            return _readable(link.fileno(), timeout)
+        spin = _POLLED if self.polling and link.service < _SERVICE else 0.0
+        return bool(link.channel.wait(timeout, spin, link.fileno()))
+
+    def shield(self) -> contextlib.AbstractContextManager[object]:
+        return contextlib.nullcontext()
+
+
+def _readable(fd: int, timeout: float | None) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(None if timeout is None else timeout * 1000))
+
+
+def _drive[T](coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run one that never waits for a loop."""
+    try:
+        coroutine.send(None)
+    except StopIteration as stop:
+        value: T = stop.value
+        return value
+    raise AssertionError("it waits for a loop")
+
+
+def _extras(context: Iterable[ContextVar[Any]]) -> dict[str, Any] | None:
+    return {"context": context_of(context)} if context else None
+
+
+class Stream:
+    """A running call that sends and receives; made by :meth:`Worker.open_stream`. Of one
+    thread at a time."""
+
+    def __init__(self, io: _Blocking, link: Link, call: _session.Call) -> None:
+        self._io = io
+        self._link = link
+        self._call = call
+        assert call.stream is not None
+        self._stream = call.stream
+        self._sent_eof = False
+        self._told = False
+        self._value: Any = None
+
+    def _wait(self) -> None:
+        _drive(self._io.wait(self._link, None))
+        self._link.advance()
+        if self._link.over and not self._call.done:
+            _drive(self._link.lost(self._call))
+
+    def _say(self, kind: int, parts: Any = (), fds: Any = ()) -> None:
+        message = kind, self._call.first, parts, fds
+        with contextlib.suppress(ConnectionError):  # its end is told by receive()
+            while not self._call.done and not self._link.channel.send(*message):
+                with self._link.writable():
+                    _readable(self._link.fileno(), None)
+                    self._link.advance()
+
+    def send(self, value: object) -> None:
+        """Send an item to the target; waits while a window full of them has not been taken.
+        ValueError after :meth:`send_eof`; BrokenPipeError, if the target has ended."""
+        if self._sent_eof:
+            raise ValueError("send() after send_eof()")
+        while not self._stream.credit and not self._call.done:
+            self._wait()
+        if self._call.done:
+            raise BrokenPipeError("the target has ended")
+        kind, _first, parts, fds = self._link.session.item(value)
+        self._say(kind, parts, fds)
+
+    def send_eof(self) -> None:
+        """There will be no more items from this side."""
+        if not self._sent_eof:
+            self._sent_eof = True
+            self._say(_session.END)
+
+    def receive(self) -> Any:
+        """The target's next item. EOFError: there will be none; or what it raised."""
+        while not self._stream.items:
+            if self._call.done:
+                self._outcome()
+            if self._stream.ended or self._call.done:
+                raise EOFError("the target sends no more")
+            self._wait()
+        item, credit = self._stream.take()
+        if credit and not self._call.done:
+            self._say(_session.CREDIT, _session.number(credit))
+        return item
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            try:
+                item = self.receive()
+            except EOFError:
+                return
+            yield item
+
+    def result(self) -> Any:
+        """Wait for the target's end; what it returned, or raised. Its items that were not
+        received are dropped."""
+        while not self._call.done:
+            while self._stream.items:
+                _item, credit = self._stream.take()
+                if credit:
+                    self._say(_session.CREDIT, _session.number(credit))
+            if not self._call.done:
+                self._wait()
+        return self._outcome()
+
+    def _outcome(self) -> Any:
+        if not self._told:
+            self._told = True
+            self._value = self._link.outcome(self._call)
+        return self._value
+
+    def _close(self) -> None:
+        try:
+            _drive(self._link.leave(self._call))
+        finally:
+            self._stream.drop()
+
+
+class Worker:
+    """A worker process that is called. Made by :func:`open_worker`. Safe from any thread; one
+    call at a time."""
+
+    def __init__(self, io: _Blocking, link: Link) -> None:
+        self._io = io
+        self._link = link
+        self._turn = threading.Lock()
+
+    @property
+    def pid(self) -> int | None:
+        """Its process id; None for a thread of this process."""
+        return self._link.child.pid
+
+    def statistics(self) -> dict[str, Any]:
+        """As :meth:`anyfork.anyio.Worker.statistics`."""
+        return self._link.figures()
+
+    def run(
+        self,
+        fn: Callable[..., Any],
+        /,
+        *args: Any,
+        timeout: float | None = None,
+        context: Iterable[ContextVar[Any]] = (),
+        on_progress: Callable[[Any], object] | None = None,
+    ) -> Any:
+        """Call ``fn(*args)`` in the worker; return its result.
+
+        As :meth:`anyfork.anyio.Worker.run`. An exception in the caller meanwhile, Ctrl-C say,
+        cancels the call.
+        """
+        with self._turn:
+            if self._link.over:
+                raise self._link.death()
+            return _drive(self._link.run(fn, args, timeout, _extras(context), on_progress))
+
+    @contextlib.contextmanager
+    def open_stream(
+        self,
+        fn: Callable[..., Any],
+        /,
+        *args: Any,
+        context: Iterable[ContextVar[Any]] = (),
+        on_progress: Callable[[Any], object] | None = None,
+    ) -> Iterator[Stream]:
+        """Call ``fn(stream, *args)`` in the worker, and talk with it meanwhile: as
+        :meth:`anyfork.anyio.Worker.open_stream`."""
+        with self._turn:
+            if self._link.over:
+                raise self._link.death()
+            call = _drive(self._link.open_stream(fn, args, _extras(context) or {}))
+            call.on_progress = on_progress
+            stream = Stream(self._io, self._link, call)
+            try:
+                yield stream
+                if call.done:
+                    stream._outcome()
+            finally:
+                stream._close()
+
+
+@contextlib.contextmanager
+def open_worker(
+    method: str | None = None,
+    *,
+    loop: str | None = None,
+    grace: float = GRACE,
+    initializer: Callable[..., object] | None = None,
+    initargs: tuple[Any, ...] = (),
+    log_level: int | None = None,
+    stderr_tail: bool = True,
+    start_timeout: float | None = 60,
+    polling: bool | None = None,
+    **options: Unpack[Options],
+) -> Iterator[Worker]:
+    """A worker for the time of this block, at the end of which it has gone.
+
+    Args:
+      polling: whether an answer that is about to come is waited for, for 200 us at most,
+        without letting other threads of this interpreter run. None: where it pays: with more
+        than one CPU, and a GIL.
+      Others: as of :func:`anyfork.anyio.open_worker`; ``loop`` has to be given for targets that
+        are coroutine functions.
+
+    Raises: as :func:`anyfork.spawn`; what the initializer raised; TimeoutError.
+    """
+    io = _Blocking(polling)
+    link = Link.start(
+        io,
+        method=method,
+        grace=grace,
+        loop=loop,
+        initializer=None if initializer is None else (initializer, initargs),
+        log_level=log_level,
+        stderr_tail=stderr_tail,
+        options=options,
+    )
+    _drive(link.ready(start_timeout))
+    try:
+        yield Worker(io, link)
+    finally:
+        _drive(link.close())
+
+
+# ---- pools ------------------------------------------------------------------------
+
+
+class Pool:
+    """Workers that calls are shared among. Made by :func:`open_pool`. Safe from any thread:
+    the calls of several threads run at once."""
+
+    def __init__(self, io: _Blocking, low: int, high: int, spec: dict[str, Any]) -> None:
+        self._io = io
+        self.size = high
+        self._low = low
+        self._max_calls: int | None = spec.pop("max_calls")
+        self._max_rss: int | None = spec.pop("max_rss")
+        self._idle_time: float = spec.pop("idle")
+        self._start_timeout: float | None = spec.pop("start_timeout")
+        self._spec = spec
+        self._changed = threading.Condition()
+        self._free = high
+        self._idle: list[tuple[Link, float]] = []  # and since when
+        self._links: set[Link] = set()
+        self._closed = False
+        self._ended = {"calls": 0, "failed": 0, "cancelled": 0}
+        self._counts = {"started": 0, "died": 0, "recycled": 0}
+
+    # ---- workers -----------------------------------------------------------------------
+
+    def _open(self) -> None:
+        """The first ones, all at once."""
+        self._idle = [(self._start(), self._io.now()) for _ in range(self._low)]
+        for link, _since in list(self._idle):
+            self._await_ready(link)
+
+    def _start(self) -> Link:
+        link = Link.start(self._io, **self._spec)
+        with self._changed:
+            self._links.add(link)
+            self._counts["started"] += 1
+        return link
+
+    def _await_ready(self, link: Link) -> None:
+        try:
+            _drive(link.ready(self._start_timeout))
+        except BaseException:
+            with self._changed:
+                self._links.discard(link)
+            raise
+
+    def _take(self, wait: bool = True) -> Link | None:
+        """A worker that is ready, for one call; to be given back. None: there is none now."""
+        with self._changed:
+            while not self._free and not self._closed:
+                if not wait:
+                    return None
+                self._changed.wait()
+            if self._closed:
+                raise ValueError("this pool is closed")
+            self._free -= 1
+            link = self._idle.pop()[0] if self._idle else None
+        try:
+            while link is not None and link.over:
+                self._bury(link)
+                with self._changed:
+                    link = self._idle.pop()[0] if self._idle else None
+            if link is None:
+                link = self._start()
+            if not link.session.ready:
+                self._await_ready(link)
+            return link
+        except BaseException:
+            self._release()
+            raise
+
+    def _release(self) -> None:
+        with self._changed:
+            self._free += 1
+            self._changed.notify()
+
+    def _give(self, link: Link) -> None:
+        try:
+            if link.over or link.killed:
+                self._bury(link)
+            elif self._is_worn(link):
+                self._counts["recycled"] += 1
+                self._end(link)
+            else:
+                with self._changed:
+                    self._idle.append((link, self._io.now()))
+            if len(self._links) < self._low and not self._closed:
+                with contextlib.suppress(Exception):  # the next call is told
+                    link = self._start()
+                    with self._changed:
+                        self._idle.append((link, self._io.now()))
+            self._shrink()
+        finally:
+            self._release()
+
+    def _shrink(self) -> None:
+        """End those that had nothing to do for long; looked at whenever a call has ended."""
+        since = self._io.now() - self._idle_time
+        old: list[Link] = []
+        with self._changed:
+            while (
+                len(self._links) - len(old) > self._low and self._idle and self._idle[0][1] < since
+            ):
+                old.append(self._idle.pop(0)[0])
+        for link in old:
+            self._end(link)
+
+    def _is_worn(self, link: Link) -> bool:
+        if self._max_calls is not None and link.statistics["calls"] >= self._max_calls:
+            return True
+        return self._max_rss is not None and link.rss() > self._max_rss
+
+    def _bury(self, link: Link) -> None:
+        if not link.killed:
+            self._counts["died"] += 1
+        self._end(link)
+
+    def _end(self, link: Link) -> None:
+        with self._changed:
+            self._links.discard(link)
+            for name in self._ended:
+                self._ended[name] += link.statistics[name]
+        _drive(link.close())
+
+    def _close(self) -> None:
+        """Calls of other threads that still run are cut off."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+            idle = [link for link, _since in self._idle]
+            busy = self._links.difference(idle)
+            self._idle.clear()
+        for link in busy:
+            link.kill()
+        for link in idle:  # so that they end together
+            link.channel.close()
+        for link in idle:
+            self._end(link)
+        with self._changed:
+            while self._free < self.size and self._changed.wait(10):
+                pass
+        for link in list(self._links):
+            link.child.close()
+
+    # ---- calls -------------------------------------------------------------------------
+
+    def run(
+        self,
+        fn: Callable[..., Any],
+        /,
+        *args: Any,
+        timeout: float | None = None,
+        context: Iterable[ContextVar[Any]] = (),
+        on_progress: Callable[[Any], object] | None = None,
+    ) -> Any:
+        """Call ``fn(*args)`` in a worker of the pool: as :meth:`anyfork.anyio.Pool.run`. Waits
+        for a worker that is free."""
+        extras = _extras(context)
+        for attempt in range(3):
+            link = self._take()
+            assert link is not None
+            try:
+                return _drive(link.run(fn, args, timeout, extras, on_progress))
+            except WorkerDied:
+                # It died while it had nothing to do: this call never began.
+                if link.began or attempt == 2:
+                    raise
+            finally:
+                self._give(link)
+        raise AssertionError
+
+    def map(
+        self,
+        fn: Callable[[Any], Any],
+        iterable: Iterable[Any],
+        /,
+        *,
+        chunks: int | None = None,
+        ordered: bool = True,
+        return_exceptions: bool = False,
+        deadline: float | None = None,
+    ) -> Iterator[Any]:
+        """``fn(item)`` of each item, as an iterator of the results: as
+        :meth:`anyfork.anyio.Pool.map`. The calling thread sees to all of them."""
+        mapping = _Mapping(self, fn, iter(iterable), Chunks(chunks), ordered)
+        limit = None if deadline is None else self._io.now() + deadline
+        return mapping.results(return_exceptions, limit)
+
+    def statistics(self) -> dict[str, Any]:
+        """As :meth:`anyfork.anyio.Pool.statistics`."""
+        with self._changed:
+            totals = {
+                name: count + sum(link.statistics[name] for link in self._links)
+                for name, count in self._ended.items()
+            }
+            return {"workers": len(self._links), "idle": len(self._idle), **self._counts, **totals}
+
+    def pids(self) -> list[int | None]:
+        """The workers' process ids."""
+        with self._changed:
+            return [link.child.pid for link in self._links]
+
+
+class _Running:
+    """A chunk that a worker is at."""
+
+    def __init__(self, link: Link, call: _session.Call, chunk: list[tuple[int, Any]]) -> None:
+        self.link = link
+        self.call = call
+        self.chunk = chunk
+        self.began = time.monotonic()
+
+
+class _Mapping:
+    """What :meth:`Pool.map` is at."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        fn: Callable[[Any], Any],
+        items: Iterator[Any],
+        chunks: Chunks,
+        ordered: bool,
+    ) -> None:
+        self._pool = pool
+        self._fn = fn
+        self._items = items
+        self._chunks = chunks
+        self._ordered = ordered
+        self._left: deque[list[tuple[int, Any]]] = deque()
+        self._exhausted = False
+        self._pulled = 0
+        self._given = 0
+        self._done: dict[int, _session.Outcome] = {}
+        self._order: deque[int] = deque()
+        self._running: dict[int, _Running] = {}  # by the descriptor of their links
+        self._epoll = select.epoll()
+
+    def results(self, return_exceptions: bool, limit: float | None) -> Iterator[Any]:
+        try:
+            while True:
+                self._fill()
+                index = self._next_index()
+                if index is not None:
+                    self._given += 1
+                    returned, value = self._done.pop(index)
+                    if not returned and not return_exceptions:
+                        raise value
+                    yield value
+                elif self._running:
+                    self._advance(limit)
+                elif self._exhausted and not self._left:
+                    return
+        finally:
+            self._stop()
+
+    def _next_index(self) -> int | None:
+        if self._ordered:
+            return self._given if self._given in self._done else None
+        return self._order.popleft() if self._order else None
+
+    def _pull(self) -> list[tuple[int, Any]] | None:
+        if self._left:
+            return self._left.popleft()
+        # As much as may be under way while nobody takes results.
+        if self._pulled - self._given > 4 * self._pool.size * self._chunks.size:
+            return None
+        chunk: list[tuple[int, Any]] = []
+        while len(chunk) < self._chunks.size and not self._exhausted:
+            try:
+                chunk.append((self._pulled, next(self._items)))
+            except StopIteration:
+                self._exhausted = True
+            else:
+                self._pulled += 1
+        return chunk or None
+
+    def _fill(self) -> None:
+        """Give every worker that is free something to do."""
+        while len(self._running) < self._pool.size and (chunk := self._pull()) is not None:
+            try:
+                link = self._pool._take(wait=not self._running)
+            except BaseException:
+                self._left.appendleft(chunk)
+                raise
+            if link is None:  # other threads have them all
+                self._left.appendleft(chunk)
+                return
+            self._begin(link, chunk)
+
+    def _begin(self, link: Link, chunk: list[tuple[int, Any]]) -> None:
+        try:
+            call, message = link.begin_many(self._fn, [(item,) for _index, item in chunk])
+        except Exception as exc:
+            self._pool._give(link)
+            if len(chunk) == 1:
+                self._answer(chunk[0][0], (False, exc))
+            else:  # one by one: it is only one of them, perhaps
+                self._left.extend([one] for one in chunk)
+            return
+        indices = iter([index for index, _item in chunk])
+        call.on_answer = lambda outcome: self._answer(next(indices), outcome)
+        running = _Running(link, call, chunk)
+        self._running[link.fileno()] = running
+        self._epoll.register(link.fileno(), select.EPOLLIN)
+        try:
+            _drive(link.send(message))
+            call.started = True
+        except ConnectionError:
+            _drive(link.lost(call))
+            self._ended(running)
+
+    def _answer(self, index: int, outcome: _session.Outcome) -> None:
+        self._done[index] = outcome
+        if not self._ordered:
+            self._order.append(index)
+
+    def _advance(self, limit: float | None) -> None:
+        left = None if limit is None else limit - self._pool._io.now()
+        if left is not None and left <= 0:
+            raise TimeoutError("the results were not there by the deadline")
+        for fd, _events in self._epoll.poll(left):
+            running = self._running[fd]
+            link, call = running.link, running.call
+            link.advance()
+            if link.over and not call.done:
+                _drive(link.lost(call))
+            if call.done:
+                self._ended(running)
+
+    def _ended(self, running: _Running) -> None:
+        link, call, chunk = running.link, running.call, running.chunk
+        del self._running[link.fileno()]
+        self._epoll.unregister(link.fileno())
+        link.statistics["calls"] += len(chunk) - call.unbegun
+        if call.unbegun and call.started:
+            self._left.append(chunk[-call.unbegun :])
+        elif not call.started and link.over:
+            pass
+        elif not link.over:
+            self._chunks.took(time.monotonic() - running.began, len(chunk))
+        self._pool._give(link)
+
+    def _stop(self) -> None:
+        for running in list(self._running.values()):
+            try:
+                _drive(running.link.leave(running.call))
+            finally:
+                self._ended(running)
+        self._epoll.close()
+
+
+@contextlib.contextmanager
+def open_pool(
+    size: int | None = None,
+    *,
+    min: int | None = None,
+    max: int | None = None,
+    method: str | None = None,
+    loop: str | None = None,
+    grace: float = GRACE,
+    initializer: Callable[..., object] | None = None,
+    initargs: tuple[Any, ...] = (),
+    max_calls: int | None = None,
+    max_rss: int | None = None,
+    idle: float = 60.0,
+    log_level: int | None = None,
+    stderr_tail: bool = True,
+    start_timeout: float | None = 60,
+    polling: bool | None = None,
+    **options: Unpack[Options],
+) -> Iterator[Pool]:
+    """Workers for the time of this block, at the end of which they have gone.
+
+    Arguments and errors as of :func:`anyfork.anyio.open_pool`, and ``polling`` as of
+    :func:`open_worker`.
+    """
+    low, high = pool_sizes(size, min, max)
+    io = _Blocking(polling)
+    spec = {
+        "method": method,
+        "loop": loop,
+        "grace": grace,
+        "initializer": None if initializer is None else (initializer, initargs),
+        "log_level": log_level,
+        "stderr_tail": stderr_tail,
+        "options": options,
+        "max_calls": max_calls,
+        "max_rss": max_rss,
+        "idle": idle,
+        "start_timeout": start_timeout,
+    }
+    pool = Pool(io, low, high, spec)
+    try:
+        pool._open()
+        yield pool
+    finally:
+        pool._close()
