@@ -18,7 +18,7 @@ import anyio.to_thread
 from anyio.lowlevel import checkpoint
 
 from . import _request, _session, _template
-from ._errors import WorkerDied
+from ._errors import SpawnError, WorkerDied
 from ._link import Chunks, Link, context_of, pool_sizes
 from ._options import Options
 
@@ -145,6 +145,7 @@ def _extras(context: Iterable[ContextVar[Any]]) -> dict[str, Any] | None:
 async def _warm(method: str | None, options: Any) -> None:
     """Make the template in a thread, if there is none: it takes as long as its preloads."""
     if method in (None, _request.DEFAULT):
+        _request.check_options(_request.DEFAULT, options)  # before anything is made
         template = options.get("template") or _template.default()
         if isinstance(template, _template.Template) and not template.is_made():
             await anyio.to_thread.run_sync(template.warm, abandon_on_cancel=True)
@@ -468,17 +469,25 @@ class Pool:
                 raise anyio.ClosedResourceError
             while self._idle:
                 link, _since = self._idle.pop()
-                if not link.over:
-                    break
-                await self._bury(link)
-            else:
-                link = self._start()
-            if not link.session.ready:
-                await self._await_ready(link)
+                if await self._is_good(link):
+                    return link
+            link = self._start()
+            await self._await_ready(link)
             return link
         except BaseException:
             self._turns.release()
             raise
+
+    async def _is_good(self, link: Link) -> bool:
+        """Whether one that had nothing to do is fit for a call."""
+        if not link.session.ready:
+            try:
+                await self._await_ready(link)
+            except (SpawnError, WorkerDied):
+                self._counts["died"] += 1
+        elif link.over:
+            await self._bury(link)
+        return not link.over
 
     async def _give(self, link: Link) -> None:
         try:

@@ -451,7 +451,8 @@ class Link:
 
 def context_of(variables: Iterable[ContextVar[Any]]) -> list[tuple[str, str, Any]]:
     """(module, name, value) of each; those that have no value are left out."""
-    return [(*_place(variable), variable.get()) for variable in variables if _has_value(variable)]
+    carried = [(_place(variable), variable) for variable in variables]
+    return [(*place, variable.get()) for place, variable in carried if _has_value(variable)]
 
 
 def _has_value(variable: ContextVar[Any]) -> bool:

@@ -78,6 +78,13 @@ def _check_options(method: str, options: Options) -> dict[str, Any] | None:
     return prepared
 
 
+def check_options(method: str, options: Options) -> None:
+    """Raise what spawn() would raise for them; nothing is changed."""
+    options = options.copy()
+    _check_template(method, options)
+    _check_options(method, options)
+
+
 def spawn(
     fn: Callable[..., object] | None = None,
     /,

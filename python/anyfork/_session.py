@@ -149,12 +149,14 @@ def dump(value: object) -> tuple[list[Any], list[int]]:
 
 
 def load(parts: Sequence[Any], fds: Sequence[int]) -> Any:
-    """What :func:`dump` and :func:`dump_call` have made of a value."""
+    """What :func:`dump` and :func:`dump_call` have made of a value. Its buffers are read-only
+    views, of shared memory where they are large: it is used again when the last has gone."""
+    buffers = [memoryview(part) for part in parts[1:]] if len(parts) > 1 else ()
     if not fds:
-        return _boot.loads(parts[0], parts[1:])
+        return _boot.loads(parts[0], buffers)
     _descriptors.received = received = list(fds)
     try:
-        return _boot.loads(parts[0], parts[1:])
+        return _boot.loads(parts[0], buffers)
     finally:
         _descriptors.received = None
         for fd in received:  # that nothing in the value names

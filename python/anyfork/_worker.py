@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import os
 import signal
@@ -32,6 +33,10 @@ def main(fd: int, spec: dict[str, Any]) -> None:
     and above go to the owner; "heartbeat": (descriptor, seconds).
     """
     global _current
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import faulthandler
+
+        faulthandler.enable(2)  # so that a crash has a traceback
     serving = _Serving(_anyfork.Channel(fd), spec.get("loop"))
     _current = serving
     try:
@@ -119,6 +124,8 @@ class _Serving:
         signal.siginterrupt(CANCEL_SIGNAL, False)
 
     def _on_signal(self, _number: int, _frame: object) -> None:
+        if self.news is not None:
+            return  # the loop listens
         if self._reading:
             self._signalled = True  # whoever reads may be past it
             return
@@ -285,7 +292,10 @@ class _Serving:
                         failure.append(exc)
                 group.cancel_scope.cancel()
 
-        anyio.run(run, backend=self.loop)
+        try:
+            anyio.run(run, backend=self.loop)
+        finally:
+            self.news = None
         if failure:
             raise failure[0]
         if not result:

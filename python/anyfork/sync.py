@@ -16,7 +16,7 @@ from contextvars import ContextVar
 from typing import Any, Unpack
 
 from . import _session
-from ._errors import WorkerDied
+from ._errors import SpawnError, WorkerDied
 from ._link import Chunks, Link, context_of, cpus, pool_sizes
 from ._options import Options
 
@@ -329,18 +329,28 @@ class Pool:
             self._free -= 1
             link = self._idle.pop()[0] if self._idle else None
         try:
-            while link is not None and link.over:
-                self._bury(link)
+            while link is not None:
+                if self._is_good(link):
+                    return link
                 with self._changed:
                     link = self._idle.pop()[0] if self._idle else None
-            if link is None:
-                link = self._start()
-            if not link.session.ready:
-                self._await_ready(link)
+            link = self._start()
+            self._await_ready(link)
             return link
         except BaseException:
             self._release()
             raise
+
+    def _is_good(self, link: Link) -> bool:
+        """Whether one that had nothing to do is fit for a call."""
+        if not link.session.ready:
+            try:
+                self._await_ready(link)
+            except (SpawnError, WorkerDied):
+                self._counts["died"] += 1
+        elif link.over:
+            self._bury(link)
+        return not link.over
 
     def _release(self) -> None:
         with self._changed:
