@@ -10,6 +10,7 @@ from ._install import install, is_installed, uninstall
 from ._methods import Method, methods
 from ._options import Options
 from ._request import run, spawn, spawn_many
+from ._supervised import begin_heartbeat, notify_ready
 from ._template import Template, snapshot, warm
 
 __all__ = [
@@ -22,11 +23,13 @@ __all__ = [
     "Template",
     "TemplateLost",
     "WorkerDied",
+    "begin_heartbeat",
     "fork",
     "forkpty",
     "install",
     "is_installed",
     "methods",
+    "notify_ready",
     "register_child_reset",
     "run",
     "snapshot",
