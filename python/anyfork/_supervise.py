@@ -555,7 +555,8 @@ class Runner:
 
     def wake(self) -> None:
         """From any thread: have :meth:`handle` called."""
-        os.eventfd_write(self._wake, 1)
+        if not self._closed:
+            os.eventfd_write(self._wake, 1)
 
     def _drain_wake(self) -> None:
         with contextlib.suppress(BlockingIOError):

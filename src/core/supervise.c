@@ -272,11 +272,18 @@ is_in_group(const struct afk_supervisor *s, size_t i, size_t of)
            (s->spec.strategy == AFK_SV_REST_FOR_ONE && i > of);
 }
 
+/* A reload has no place for it. */
+static bool
+is_leaving(const struct child *c)
+{
+    return c->removed || (c->after == AFTER_REMOVE && c->down);
+}
+
 /* One that goes down and is started again when it is its turn, if it is started again. */
 static void
 take_down(struct afk_supervisor *s, struct child *c, int64_t now)
 {
-    if (c->after == AFTER_REMOVE && (c->down || c->removed))
+    if (is_leaving(c))
         return;
     bool again = c->spec.restart != AFK_SV_TEMPORARY;
     if (!again && c->state == AFK_SV_DONE)
@@ -773,7 +780,7 @@ afk_sv_restart(struct afk_supervisor *s, uint32_t id, int64_t now)
     struct child *c = find(s->children, s->n, id);
     if (c == NULL)
         return -ESRCH;
-    if (s->phase != PHASE_RUNNING || (c->after == AFTER_REMOVE && c->down))
+    if (s->phase != PHASE_RUNNING || is_leaving(c))
         return 0;
     c->failures = 0;
     if (s->spec.strategy == AFK_SV_ONE_FOR_ONE) {
