@@ -8,12 +8,9 @@ from contextlib import asynccontextmanager
 from typing import Self
 
 import anyio
-import anyio.abc
 import anyio.lowlevel
-import anyio.to_thread
 
-from ._child import Child
-from ._supervise import ChildInfo, Event, Runner, Start, SupervisorFailed, SupervisorSpec
+from ._supervise import ChildInfo, Event, Runner, SupervisorSpec
 
 # What a reader of events may be behind.
 _KEPT_EVENTS = 4096
@@ -34,8 +31,7 @@ class Supervisor:
         self._all_ready = False
         self._done = False
         self._scope = anyio.CancelScope()
-        self._starting: anyio.abc.TaskGroup | None = None
-        self._runner = Runner(spec, self._tell, self._start_elsewhere)
+        self._runner = Runner(spec, self._tell)
 
     # ---- what is offered --------------------------------------------------------------------
 
@@ -96,22 +92,6 @@ class Supervisor:
         self._changed.set()
         self._changed = anyio.Event()
 
-    def _start_elsewhere(self, start: Start) -> None:
-        assert self._starting is not None
-        self._starting.start_soon(self._start_in_thread, start)
-
-    async def _start_in_thread(self, start: Start) -> None:
-        result: Child | BaseException
-        try:
-            result = await anyio.to_thread.run_sync(start.run)
-        except Exception as exc:
-            result = exc
-        except BaseException:
-            start.close()
-            raise
-        self._runner.started(start, result)
-        self._runner.wake()
-
     async def _end(self, most: float | None) -> None:
         if not self._done:
             self._runner.stop(most)
@@ -123,12 +103,11 @@ class Supervisor:
         runner = self._runner
         try:
             with anyio.CancelScope(shield=True):
-                async with anyio.create_task_group() as self._starting:
-                    runner.begin()
-                    while not runner.finished:
-                        with anyio.move_on_after(runner.timeout()):
-                            await anyio.wait_readable(runner.fileno())
-                        runner.handle()
+                runner.begin()
+                while not runner.finished:
+                    with anyio.move_on_after(runner.timeout()):
+                        await anyio.wait_readable(runner.fileno())
+                    runner.handle()
         finally:
             self._done = True
             runner.close()

@@ -13,6 +13,7 @@ import os
 import pickle
 import select
 import signal
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -37,7 +38,7 @@ class SpecError(ValueError):
     """A spec is not valid; the text names the child and the member."""
 
 
-# ---- what is wanted of a member -----------------------------------------------------------
+# ---- what is wanted of a member ----------------------------------------------------------
 
 
 def _seconds(name: str, value: object, least: float = 0.0) -> float:
@@ -68,7 +69,7 @@ def _ns(seconds: float | None) -> int:
     return _FOREVER if seconds is None else int(seconds * 1e9)
 
 
-# ---- specs -------------------------------------------------------------------------------------
+# ---- specs -------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -274,7 +275,11 @@ def _row(spec: ChildSpec, number: int) -> tuple[Any, ...]:
     """As _anyfork.Supervisor wants it."""
     beats = spec.heartbeat
     limits = [None if beats is None else getattr(beats, name, None) for name in VERDICTS]
-    grace = {"brutal_kill": 0.0, "infinity": None}.get(spec.grace, spec.grace)  # type: ignore[call-overload]
+    grace: float | None
+    if isinstance(spec.grace, str):
+        grace = 0.0 if spec.grace == "brutal_kill" else None
+    else:
+        grace = spec.grace
     return (
         number,
         RESTARTS.index(spec.restart),
@@ -290,7 +295,7 @@ def _row(spec: ChildSpec, number: int) -> tuple[Any, ...]:
     )
 
 
-# ---- what is told --------------------------------------------------------------------------------
+# ---- what is told ------------------------------------------------------------------------
 
 _TEXTS = {
     "started": "started, process {pid}",
@@ -397,7 +402,7 @@ class ChildInfo:
     seconds: float | None  # since its start
 
 
-# ---- the runner ------------------------------------------------------------------------------------
+# ---- the runner --------------------------------------------------------------------------
 
 
 class _Member:
@@ -496,22 +501,20 @@ class Runner:
     on_event: is called with each :class:`Event`.
     load_exceptions: what a target raised comes as itself, for which its module is imported
       here; else as a RemoteError.
-    start_elsewhere: is called with a :class:`Start` that may take long; somebody has to call
-      its ``run()``, and then :meth:`started` in this thread.
     """
 
     def __init__(
         self,
         spec: SupervisorSpec,
         on_event: Callable[[Event], None],
-        start_elsewhere: Callable[[Start], None] | None = None,
         clock: Callable[[], int] = time.monotonic_ns,
         load_exceptions: bool = True,
     ) -> None:
         self.spec = spec
         self._load_exceptions = load_exceptions
         self._on_event = on_event
-        self._start_elsewhere = start_elsewhere
+        self._threads: dict[threading.Thread, Start] = {}
+        self._started: deque[tuple[threading.Thread, Child | BaseException]] = deque()
         self._clock = clock
         self._numbers = iter(range(2**32))
         self._members = {m.number: m for m in self._new_members(spec.children)}
@@ -526,7 +529,7 @@ class Runner:
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._epoll = select.epoll()
         self._watched: dict[int, Callable[[], None]] = {}
-        self.watch(self._wake, self._drain_wake)
+        self.watch(self._wake, self._woken)
 
     def _new_members(self, specs: Iterable[ChildSpec]) -> list[_Member]:
         return [_Member(next(self._numbers), spec) for spec in specs]
@@ -542,7 +545,7 @@ class Runner:
     def _new_template(spec: SupervisorSpec) -> Template | None:
         return Template(tuple(spec.preload)) if spec.preload else None
 
-    # ---- waiting -----------------------------------------------------------------------------
+    # ---- waiting -------------------------------------------------------------------------
 
     def fileno(self) -> int:
         """Readable when :meth:`handle` has something to do."""
@@ -558,9 +561,12 @@ class Runner:
         if not self._closed:
             os.eventfd_write(self._wake, 1)
 
-    def _drain_wake(self) -> None:
+    def _woken(self) -> None:
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._wake)
+        while self._started:
+            thread, result = self._started.popleft()
+            self._have_started(self._threads.pop(thread), result)
 
     def watch(self, fd: int, when_readable: Callable[[], None]) -> None:
         self._watched[fd] = when_readable
@@ -578,7 +584,7 @@ class Runner:
                 found()
         self._take(self._table.tick(self._clock()))
 
-    # ---- commands ----------------------------------------------------------------------------
+    # ---- commands ------------------------------------------------------------------------
 
     def begin(self) -> None:
         """Start the children."""
@@ -646,7 +652,7 @@ class Runner:
             spec, self._next = self._next, None
             self.reload(spec)
 
-    # ---- what the table says --------------------------------------------------------------------
+    # ---- what the table says -------------------------------------------------------------
 
     def _take(self, outs: list[tuple[str, int, int, int]]) -> None:
         """Carry out; what that brings about comes behind it."""
@@ -702,7 +708,7 @@ class Runner:
             more = {}
         self._tell(member.spec.name, kind, **more)
 
-    # ---- processes ------------------------------------------------------------------------------
+    # ---- processes -----------------------------------------------------------------------
 
     def _start(self, member: _Member) -> None:
         try:
@@ -710,25 +716,42 @@ class Runner:
         except OSError as exc:
             self._not_started(member, exc)
             return
-        if start.may_take_long and self._start_elsewhere is not None:
-            self._start_elsewhere(start)
+        if start.may_take_long:
+            self._start_in_thread(start)
             return
         try:
-            self.started(start, start.run())
+            result: Child | BaseException = start.run()
         except Exception as exc:
-            self.started(start, exc)
+            result = exc
+        self._have_started(start, result)
 
-    def started(self, start: Start, result: Child | BaseException) -> None:
-        """What ``start.run()`` returned or raised."""
+    def _start_in_thread(self, start: Start) -> None:
+        """Others are looked after meanwhile. Of the loop's own thread pools none is used: it
+        may be full."""
+
+        def run() -> None:
+            result: Child | BaseException
+            try:
+                result = start.run()
+            except BaseException as exc:
+                result = exc
+            self._started.append((threading.current_thread(), result))
+            self.wake()
+
+        thread = threading.Thread(target=run, name=f"start of {start.spec.name}")
+        self._threads[thread] = start
+        thread.start()
+
+    def _have_started(self, start: Start, result: Child | BaseException) -> None:
         start.close_theirs()
-        member = self._members.get(start.number)
-        if self._closed or member is None:
+        if self._closed or isinstance(result, BaseException):
             start.close()
+        if self._closed:
             if isinstance(result, Child):
                 result.close()
             return
+        member = self._members[start.number]
         if isinstance(result, BaseException):
-            start.close()
             self._not_started(member, result)
             return
         member.handle, member.heartbeat, member.ready_fd = result, start.heartbeat, start.ready_fd
@@ -817,7 +840,7 @@ class Runner:
             name = exc.type_name if isinstance(exc, RemoteError) else type(exc).__name__
             text = lines[0].removeprefix(f"{name}: ")
             detail = f"{detail}: {name}: {text}" if text else f"{detail}: {name}"
-        event = "exited" if code == 0 else "died"
+        event: Literal["exited", "died"] = "exited" if code == 0 else "died"
         member.last = Event(
             kind=event, time=time.time(), child=member.spec.name, pid=member.pid, returncode=code,
             signal=None if code is None or code >= 0 else _signal_name(-code), detail=detail,
@@ -847,7 +870,7 @@ class Runner:
             member.handle = None
         member.heartbeat = None
 
-    # ---- looks --------------------------------------------------------------------------------
+    # ---- looks ---------------------------------------------------------------------------
 
     @property
     def finished(self) -> bool:
@@ -891,10 +914,13 @@ class Runner:
         return {member.spec.name: dict(member.counts) for member in self._members.values()}
 
     def close(self) -> None:
-        """Kill what still runs."""
+        """Kill what still runs. A start that is on its way is waited for."""
         if self._closed:
             return
+        for thread in list(self._threads):
+            thread.join()
         self._closed = True
+        self._woken()
         for member in reversed(list(self._members.values())):
             self._let_go(member)
         for template in (self._template, *self._old_templates):

@@ -10,23 +10,13 @@ import select
 import signal
 import socket
 import sys
-import threading
 import time
 import tomllib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from . import _console
-from ._child import Child
-from ._supervise import (
-    ChildSpec,
-    Event,
-    HeartbeatSpec,
-    Runner,
-    SpecError,
-    Start,
-    SupervisorSpec,
-)
+from ._supervise import ChildSpec, Event, HeartbeatSpec, Runner, SpecError, SupervisorSpec
 
 _MOST_BYTES = 1 << 20
 _NEVER = "infinity"
@@ -76,8 +66,6 @@ def spec_of(data: Mapping[str, Any]) -> SupervisorSpec:
         raise SpecError("child: at least one table [[child]] is wanted")
     children = [_child(_table("child", row)) for row in rows]
     more: dict[str, Any] = {key: value for key, value in own.items() if key != "intensity"}
-    if "preload" in more and not isinstance(more["preload"], list):
-        raise SpecError(f"supervisor: preload: a list of modules is wanted, not {more['preload']!r}")
     if "intensity" in own:
         more["intensity"] = None if own["intensity"] == _NEVER else own["intensity"]
     try:
@@ -141,7 +129,9 @@ def _members(row: dict[str, Any]) -> dict[str, Any]:
 
 def _heartbeat(table: dict[str, Any]) -> HeartbeatSpec:
     _check_keys("heartbeat", table, _HEARTBEAT)
-    values = {key: None if value == _NEVER else value for key, value in table.items()}
+    values: dict[str, Any] = {
+        key: None if value == _NEVER else value for key, value in table.items()
+    }
     try:
         return HeartbeatSpec(**values)
     except SpecError as exc:
@@ -246,11 +236,7 @@ class _Supervisor:
         self._path = path
         self._as_json = as_json
         self._told = _Told(as_json)
-        self._runner = Runner(
-            self._as_here(spec), self._told.event, self._start_elsewhere, load_exceptions=False
-        )
-        self._started: list[tuple[Start, Child | BaseException]] = []
-        self._lock = threading.Lock()
+        self._runner = Runner(self._as_here(spec), self._told.event, load_exceptions=False)
         self._stops = 0
         self._children_ended = True
         self._ours, self._theirs = socket.socketpair(type=socket.SOCK_DGRAM)
@@ -279,7 +265,6 @@ class _Supervisor:
                 timeout = runner.timeout()
                 _wait(runner.fileno(), timeout)
                 runner.handle()
-                self._take_started()
                 self._reap_strangers()
         finally:
             signal.set_wakeup_fd(-1)
@@ -335,30 +320,6 @@ class _Supervisor:
             self._told.event(Event(kind="reload_failed", time=time.time(), detail=str(exc)))
         else:
             self._runner.reload(self._as_here(spec))
-
-    # ---- starts that may take long --------------------------------------------------------
-
-    def _start_elsewhere(self, start: Start) -> None:
-        """Signals are heard meanwhile, and other children looked after."""
-
-        def run() -> None:
-            result: Child | BaseException
-            try:
-                result = start.run()
-            except BaseException as exc:
-                result = exc
-            with self._lock:
-                self._started.append((start, result))
-            with contextlib.suppress(OSError):  # it has been closed
-                self._runner.wake()
-
-        threading.Thread(target=run, daemon=True, name="anyfork start").start()
-
-    def _take_started(self) -> None:
-        with self._lock:
-            started, self._started = self._started, []
-        for start, result in started:
-            self._runner.started(start, result)
 
     # ---- orphans ----------------------------------------------------------------------------
 

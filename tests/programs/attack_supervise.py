@@ -210,7 +210,7 @@ def check_strategies(place: str) -> None:
             ChildSpec(name=name, argv=["sleep", "1000"], backoff=0.01) for name in "abc"
         ]
         with Driven(*children, strategy=strategy) as driven:
-            driven.until(lambda: driven.told("all_ready"))  # noqa: B023
+            driven.until(lambda: driven.told("all_ready"))
             os.kill(driven.pid("b"), signal.SIGKILL)
             driven.until(
                 lambda: sorted(e.child for e in driven.told("ready")[3:]) == list(again)  # noqa: B023

@@ -36,7 +36,7 @@ def test_processes(check: str, place: str) -> None:
     run_check("attack_supervise", check, place)
 
 
-# ---- specs ------------------------------------------------------------------------------------
+# ---- specs ----------------------------------------------------------------------------------
 
 SLEEP = {"name": "a", "argv": ["sleep", "1"]}
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
@@ -183,7 +183,7 @@ def test_what_is_wrong_with_a_file_is_named(text: str, tmp_path: Path) -> None:
     assert str(caught.value).startswith(f"{path}: ")
 
 
-# ---- the command --------------------------------------------------------------------------------
+# ---- the command ----------------------------------------------------------------------------
 
 
 class Supervised:
@@ -507,7 +507,7 @@ def test_the_example(tmp_path: Path) -> None:
     assert supervised.told("stopped") == ["counter", "log"]
 
 
-# ---- on a loop ------------------------------------------------------------------------------------
+# ---- on a loop ------------------------------------------------------------------------------
 
 
 def wait_spec(*more: ChildSpec, **options: Any) -> SupervisorSpec:
@@ -720,7 +720,7 @@ def test_ctrl_c(run: Callable[..., Any], open_supervisor: Callable[..., Any]) ->
     assert pids and not alive(pids)
 
 
-# ---- the runner, with a clock of its own ------------------------------------------------------------
+# ---- the runner, with a clock of its own ----------------------------------------------------
 
 
 @contextlib.contextmanager
