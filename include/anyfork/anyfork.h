@@ -327,6 +327,28 @@ ANYFORK_API int anyfork_child_signal(struct anyfork_child *child, int sig);
  * reaped with a later start or close. Since 0.1. */
 ANYFORK_API void anyfork_child_close(struct anyfork_child *child);
 
+/*
+ * For a program whose owner watches it (`anyfork supervise`): begin to beat. A thread of
+ * the library's own, which takes no signals, counts up in a page that both share, and
+ * stores what CPU time the calling thread has used.
+ *
+ *   fd           what the owner has passed; -1: as the environment says
+ *                (ANYFORK_HEARTBEAT_FD); without that, nothing is done and 0 returned.
+ *                Stays the caller's; not needed once it has begun.
+ *   interval_ns  between beats, from 1 ms to an hour; 0: as the owner asks.
+ *   reterr       set on failure only; may be NULL.
+ *
+ * Returns 0, ANYFORK_EINVAL (also for what is no heartbeat, and the second time), or
+ * ANYFORK_ESYSTEM. A forked child does not go on with it, and may begin one of its own.
+ * Call from: the main thread. Blocks for: nothing. Since 0.1. */
+ANYFORK_API int anyfork_heartbeat_begin(int fd, int64_t interval_ns,
+                                        struct anyfork_error *reterr);
+
+/* Say that the program gets on: in its main loop, say. Without a first call its owner
+ * does not ask for that. Call from: any thread, and signal handlers. Blocks for: nothing.
+ * Since 0.1. */
+ANYFORK_API void anyfork_heartbeat_progress(void);
+
 #ifdef __cplusplus
 }
 #endif

@@ -19,6 +19,7 @@ from anyio.lowlevel import checkpoint
 
 from . import _request, _session, _template
 from ._errors import SpawnError, WorkerDied
+from ._heartbeat import Verdict
 from ._link import Chunks, Link, context_of, pool_sizes
 from ._options import Options
 
@@ -99,13 +100,18 @@ def running_loop() -> str | None:
     return None
 
 
-def _io(wanted: str | None) -> _Trio | _Asyncio:
+def check_loop(wanted: str | None) -> str:
+    """Which loop runs. RuntimeError, if it is another one than that."""
     loop = running_loop()
     if loop is None or wanted not in (None, loop):
         where = "outside of an event loop" if loop is None else f"in a program that runs {loop}"
         other = "anyfork.sync" if loop is None else f"anyfork.{loop}"
         raise RuntimeError(f"anyfork.{wanted or 'anyio'} was called {where}: use {other} there")
-    return _Trio() if loop == "trio" else _Asyncio()
+    return loop
+
+
+def _io(wanted: str | None) -> _Trio | _Asyncio:
+    return _Trio() if check_loop(wanted) == "trio" else _Asyncio()
 
 
 class _Turns:
@@ -285,6 +291,13 @@ class Worker:
         """Its process id; None for a thread of this process."""
         return self._link.child.pid
 
+    async def heartbeat(self) -> Verdict:
+        """What the worker does at this moment, as its heartbeat shows within some beats:
+        "running": it gets on, in Python; "in_c": it computes, in a C function that holds the
+        GIL; "waiting": for a system call or a lock; "stopped": nothing of it runs. While a call
+        runs too. ValueError, if it was opened without ``heartbeat``."""
+        return await self._link.heartbeat(anyio.sleep)
+
     def statistics(self) -> dict[str, Any]:
         """Calls so far, how many failed or were cancelled; seconds that one takes, of late;
         messages and bytes in each direction, and how many of the bytes by shared memory."""
@@ -367,6 +380,7 @@ async def open_worker(
     initargs: tuple[Any, ...] = (),
     log_level: int | None = None,
     stderr_tail: bool = True,
+    heartbeat: float | None = None,
     start_timeout: float | None = 60,
     _loop: str | None = None,
     **options: Unpack[Options],
@@ -381,6 +395,7 @@ async def open_worker(
       log_level: have log records of that level and above logged here.
       stderr_tail: keep the end of what it writes to its standard error, for WorkerDied; it
         goes by a pipe then, to this program's. Not where ``stderr`` is given.
+      heartbeat: seconds between beats, of which :meth:`Worker.heartbeat` tells what it does.
       start_timeout: seconds until it must be ready; the initializer's time is part of it.
       options: the state of the worker: see :class:`anyfork.Options`.
 
@@ -396,6 +411,7 @@ async def open_worker(
         initializer=None if initializer is None else (initializer, initargs),
         log_level=log_level,
         stderr_tail=stderr_tail,
+        heartbeat=heartbeat,
         options=options,
     )
     await link.ready(start_timeout)
@@ -819,6 +835,7 @@ async def open_pool(
     idle: float = 60.0,
     log_level: int | None = None,
     stderr_tail: bool = True,
+    heartbeat: float | None = None,
     start_timeout: float | None = 60,
     _loop: str | None = None,
     **options: Unpack[Options],
@@ -843,6 +860,7 @@ async def open_pool(
         "initializer": None if initializer is None else (initializer, initargs),
         "log_level": log_level,
         "stderr_tail": stderr_tail,
+        "heartbeat": heartbeat,
         "options": options,
         "max_calls": max_calls,
         "max_rss": max_rss,

@@ -135,6 +135,69 @@ class Template:
     def calls(self) -> list[int]:
         """Nanoseconds that the last starts took, 256 at most, in no order."""
 
+_Reading = tuple[int, int, int, int]
+
+@final
+class Heartbeat:
+    """A worker's heartbeat, as its owner has it; it goes with the object."""
+
+    def __init__(self, interval: float = 1.0) -> None: ...
+    def fileno(self) -> int:
+        """For the worker."""
+
+    def read(self) -> _Reading:
+        """(alive, progressing, cpu_ns, interval_ns): see _heartbeat.Reading."""
+
+def heartbeat_begin(fd: int, interval: float = 0, /) -> None:
+    """In the worker's main thread: beat, every ``interval`` seconds; 0: as the owner asks."""
+
+def heartbeat_end() -> None:
+    """Beat no more. Once it returns, there is no such thread."""
+
+def heartbeat_verdict(
+    before: _Reading, after: _Reading, /
+) -> Literal["running", "in_c", "waiting", "stopped"]: ...
+
+_Row = tuple[int, int, int, bool, int, int, int, int, int, int, tuple[int, int, int, int]]
+_Outs = list[tuple[str, int, int, int]]
+
+@final
+class Supervisor:
+    """The table of src/core/supervise.c, which has the members' meaning. Times are
+    nanoseconds; what is returned is to be done and told: (kind, id, value, ns)."""
+
+    def __init__(
+        self, strategy: int, intensity: int, period: int, children: list[_Row], /
+    ) -> None: ...
+    def start(self, now: int, /) -> _Outs: ...
+    def event(
+        self, id: int, event: Literal["started", "failed", "ready", "exited", "died"], now: int, /
+    ) -> _Outs: ...
+    def beat(self, id: int, reading: _Reading, now: int, /) -> _Outs: ...
+    def tick(self, now: int, /) -> _Outs: ...
+    def restart(self, id: int, now: int, /) -> _Outs: ...
+    def stop(self, most: int, now: int, /) -> _Outs:
+        """``most``: no grace is longer; -1: as each has it."""
+
+    def kill(self, now: int, /) -> _Outs: ...
+    def reload(
+        self, now: int, spec: tuple[int, int, int, list[_Row], list[bool]], /
+    ) -> _Outs:
+        """The last list: which of the children are started again. OSError (EBUSY): there is
+        one that has not taken place."""
+
+    def deadline(self) -> int | None: ...
+    def children(self) -> list[tuple[int, str, str | None, int]]:
+        """(id, state, verdict, failures in a row), in their order."""
+
+    @property
+    def finished(self) -> bool: ...
+    @property
+    def reloading(self) -> bool: ...
+    @property
+    def culprit(self) -> int | None:
+        """Whose restart was one too many."""
+
 def exec_worker(report_fd: int, target: bytes, /) -> NoReturn:
     """Be the worker of method exec in a fresh interpreter."""
 

@@ -18,6 +18,7 @@ from ._methods import Method, methods
 from ._options import Options
 from ._request import run, spawn, spawn_many
 from ._session import Descriptor
+from ._supervised import begin_heartbeat, notify_ready
 from ._template import Template, snapshot, warm
 from ._worker import Cancelled, report_progress
 
@@ -34,11 +35,13 @@ __all__ = [
     "Template",
     "TemplateLost",
     "WorkerDied",
+    "begin_heartbeat",
     "fork",
     "forkpty",
     "install",
     "is_installed",
     "methods",
+    "notify_ready",
     "register_child_reset",
     "report_progress",
     "run",

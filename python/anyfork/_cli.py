@@ -195,6 +195,13 @@ def _serve(args: argparse.Namespace) -> int:
     return _serve.command(lambda: _serve.serve(config, args.ready_fd))
 
 
+def _supervise(args: argparse.Namespace) -> int:
+    from . import _supervise_command as supervise
+
+    what = supervise.check if args.check else supervise.supervise
+    return supervise.command(lambda: what(args.spec, args.json))
+
+
 # ---- arguments --------------------------------------------------------------------------------
 
 
@@ -276,6 +283,25 @@ Example:     anyfork serve --detach --preload numpy,pandas
              anyfork-run -c 'import numpy; print(numpy.__version__)'
 See also:    anyfork doctor --template MODULE..., for what can be preloaded
 """
+_SUPERVISE = """\
+Start the programs and Python functions that SPEC names, in their order, and keep
+them running: each is started again as its restart type says, with its back-off,
+until that happens too often. They end when this command does, however it ends.
+"""
+_SUPERVISE_END = """\
+Signals:     SIGHUP    read SPEC again: what has changed is started again, what
+                       is new started, what is gone stopped; an invalid file
+                       changes nothing
+             SIGTERM   stop all, the last one first; so does SIGINT (Ctrl-C); the
+                       second time it kills them
+             SIGUSR1   print what is running
+Exit status: 0 once all were stopped as asked, or have ended for good; 1 if SPEC is
+             not valid, or restarts were too many; 2 on wrong usage.
+Output:      events, as lines on standard error; with --json one object a line on
+             standard output, where no child writes then
+Example:     anyfork supervise --check service.toml && anyfork supervise service.toml
+See also:    docs/supervision.md, for what SPEC may say
+"""
 _DEMO = """\
 Do real work in workers of every method: with trio running in the main
 interpreter, four busy Python threads and a live isolated interpreter, start
@@ -354,6 +380,10 @@ def _parser() -> argparse.ArgumentParser:
         "--stop", action="store_true", help="stop it, and the programs that it runs"
     )
     sub.add_argument("--ready-fd", type=int, default=-1, help=argparse.SUPPRESS)
+    sub = add("supervise", "keep the children of a spec running", _SUPERVISE, _SUPERVISE_END,
+              _supervise)
+    sub.add_argument("spec", metavar="SPEC", help="a file in TOML")
+    sub.add_argument("--check", action="store_true", help="only say whether SPEC is valid")
     sub = add("demo", "real work in workers of every method", _DEMO, _DEMO_END, _demo)
     sub.add_argument(
         "path", nargs="?", metavar="PATH",

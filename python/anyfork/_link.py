@@ -14,11 +14,11 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any, Protocol
 
-from . import _anyfork, _memory, _request, _session, _worker
+from . import _anyfork, _heartbeat, _memory, _request, _session, _worker
 from ._child import Child
 from ._errors import CallCancelled, SpawnError, WorkerDied, worker_name
 from ._options import Options
@@ -53,7 +53,16 @@ class Link:
     Args of :meth:`start`: see :func:`anyfork.anyio.open_worker`.
     """
 
-    def __init__(self, child: Child, channel: Any, session: Session, io: Io, grace: float) -> None:
+    def __init__(
+        self,
+        child: Child,
+        channel: _anyfork.Channel,
+        session: Session,
+        io: Io,
+        grace: float,
+        beats: _anyfork.Heartbeat | None = None,
+    ) -> None:
+        self.beats = beats
         self.child = child
         self.channel = channel
         self.session = session
@@ -88,6 +97,7 @@ class Link:
         initializer: tuple[Callable[..., object], tuple[object, ...]] | None,
         log_level: int | None,
         stderr_tail: bool,
+        heartbeat: float | None,
         options: Options,
     ) -> Link:
         """Start the worker; :meth:`ready` waits for it."""
@@ -102,6 +112,9 @@ class Link:
             spec["initializer"] = _session.dump_call(initializer, name, same_main)
             if spec["initializer"][1]:
                 raise TypeError("initializer: a Descriptor can be an argument of calls only")
+        if heartbeat is not None and not traits["has_process"]:
+            raise ValueError(f"{name}: heartbeat: the worker is a thread of this process")
+        beats = None if heartbeat is None else _anyfork.Heartbeat(heartbeat)
         _memory.look()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with contextlib.closing(ours), contextlib.closing(theirs):
@@ -111,12 +124,15 @@ class Link:
             else:
                 options = options.copy()
                 options["pass_fds"] = [*options.get("pass_fds", ()), theirs.fileno()]
+                if beats is not None:
+                    options["pass_fds"] = [*options["pass_fds"], beats.fileno()]
+                    spec["heartbeat"] = beats.fileno()
                 if stderr_tail and options.get("stderr") is None:
                     options["stderr"] = subprocess.PIPE
                 child = _request.spawn(_worker.main, theirs.fileno(), spec, method=name, **options)
             try:
                 channel = _anyfork.Channel(ours.detach())
-                return cls(child, channel, Session(name, same_main), io, grace)
+                return cls(child, channel, Session(name, same_main), io, grace, beats)
             except BaseException:
                 child.close()
                 raise
@@ -161,6 +177,7 @@ class Link:
         await self._await_end(self.grace if grace is None else grace)
         self._pump()
         self._epoll.close()
+        self.beats = None  # its descriptor goes with it
         self.child.close()
 
     async def _await_end(self, grace: float) -> None:
@@ -292,6 +309,14 @@ class Link:
     def began(self) -> bool:
         """Whether it may have begun its last call."""
         return self.session.call is not None and self.session.call.started
+
+    async def heartbeat(self, sleep: Callable[[float], Awaitable[object]]) -> _heartbeat.Verdict:
+        """What it does, as seen for some beats."""
+        if self.beats is None:
+            raise ValueError("heartbeat: open the worker with heartbeat=seconds to have one")
+        before = self.beats.read()
+        await sleep(2.5 * before[3] / 1e9)
+        return _heartbeat.verdict(before, self.beats.read())
 
     def figures(self) -> dict[str, Any]:
         """For statistics()."""

@@ -30,7 +30,7 @@ def main(fd: int, spec: dict[str, Any]) -> None:
 
     ``spec``, all of it optional: "loop": "trio" or "asyncio", for coroutines; "initializer":
     what _session.load() takes, of (fn, args), called first; "log_level": records of that level
-    and above go to the owner; "heartbeat": (descriptor, seconds).
+    and above go to the owner; "heartbeat": a descriptor.
     """
     global _current
     with contextlib.suppress(ImportError, OSError, ValueError):
@@ -42,7 +42,7 @@ def main(fd: int, spec: dict[str, Any]) -> None:
     try:
         heartbeat = spec.get("heartbeat")
         if heartbeat is not None:
-            _anyfork.heartbeat_begin(*heartbeat)
+            _anyfork.heartbeat_begin(heartbeat)
         if spec.get("log_level") is not None:
             _forward_log(serving, spec["log_level"])
         serving.listen_for_cancel()

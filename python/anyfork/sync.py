@@ -17,6 +17,7 @@ from typing import Any, Unpack
 
 from . import _session
 from ._errors import SpawnError, WorkerDied
+from ._heartbeat import Verdict
 from ._link import Chunks, Link, context_of, cpus, pool_sizes
 from ._options import Options
 
@@ -179,6 +180,17 @@ class Worker:
         """Its process id; None for a thread of this process."""
         return self._link.child.pid
 
+    def heartbeat(self) -> Verdict:
+        """What the worker does at this moment, as its heartbeat shows within some beats:
+        "running": it gets on, in Python; "in_c": it computes, in a C function that holds the
+        GIL; "waiting": for a system call or a lock; "stopped": nothing of it runs. While a call
+        runs too. ValueError, if it was opened without ``heartbeat``."""
+
+        async def sleep(seconds: float) -> None:
+            time.sleep(seconds)
+
+        return _drive(self._link.heartbeat(sleep))
+
     def statistics(self) -> dict[str, Any]:
         """As :meth:`anyfork.anyio.Worker.statistics`."""
         return self._link.figures()
@@ -237,6 +249,7 @@ def open_worker(
     initargs: tuple[Any, ...] = (),
     log_level: int | None = None,
     stderr_tail: bool = True,
+    heartbeat: float | None = None,
     start_timeout: float | None = 60,
     polling: bool | None = None,
     **options: Unpack[Options],
@@ -261,6 +274,7 @@ def open_worker(
         initializer=None if initializer is None else (initializer, initargs),
         log_level=log_level,
         stderr_tail=stderr_tail,
+        heartbeat=heartbeat,
         options=options,
     )
     _drive(link.ready(start_timeout))
@@ -649,6 +663,7 @@ def open_pool(
     idle: float = 60.0,
     log_level: int | None = None,
     stderr_tail: bool = True,
+    heartbeat: float | None = None,
     start_timeout: float | None = 60,
     polling: bool | None = None,
     **options: Unpack[Options],
@@ -667,6 +682,7 @@ def open_pool(
         "initializer": None if initializer is None else (initializer, initargs),
         "log_level": log_level,
         "stderr_tail": stderr_tail,
+        "heartbeat": heartbeat,
         "options": options,
         "max_calls": max_calls,
         "max_rss": max_rss,

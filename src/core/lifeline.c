@@ -21,7 +21,7 @@
 #include <unistd.h>
 
 #define SLOTS 256
-#define HOOKS_MAX 10
+#define HOOKS_MAX 12
 #define WINDOW_SECONDS 2 /* a window is three system calls long, or a fork */
 
 struct chunk {

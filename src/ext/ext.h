@@ -6,6 +6,7 @@
 
 struct ext_state {
     PyObject *child_type, *template_type, *channel_type, *view_type;
+    PyObject *heartbeat_type, *supervisor_type;
     bool finalizing;
 };
 struct ext_state *ext_state_of(PyObject *module);
@@ -40,6 +41,15 @@ struct afk_template *ext_template_of(PyObject *template); /* of the type; borrow
  * not started; a str: why the template has to be made again). */
 PyObject *ext_template_start_many(PyObject *template, PyTypeObject *type, PyObject *pickles,
                                   const struct anyfork_options *options);
+
+/* py_heartbeat.c */
+extern PyType_Spec ext_heartbeat_spec;
+PyObject *ext_heartbeat_begin(PyObject *module, PyObject *args);
+PyObject *ext_heartbeat_end(PyObject *module, PyObject *args);
+PyObject *ext_heartbeat_verdict(PyObject *module, PyObject *args);
+
+/* py_supervise.c */
+extern PyType_Spec ext_supervisor_spec;
 
 /* py_audit.c */
 PyObject *ext_cuda_state(PyObject *module, PyObject *path);

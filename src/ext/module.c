@@ -518,6 +518,9 @@ static PyMethodDef functions[] = {
     {"cuda_state", ext_cuda_state, METH_O, NULL},
     {"fork_hooks", ext_fork_hooks, METH_NOARGS, NULL},
     {"fork_handlers", ext_fork_handlers, METH_NOARGS, NULL},
+    {"heartbeat_begin", ext_heartbeat_begin, METH_VARARGS, NULL},
+    {"heartbeat_end", ext_heartbeat_end, METH_NOARGS, NULL},
+    {"heartbeat_verdict", ext_heartbeat_verdict, METH_VARARGS, NULL},
     {"method_traits", ext_method_traits, METH_NOARGS, NULL},
     {"methods", ext_methods, METH_NOARGS, NULL},
     {"check_fork", ext_check_fork, METH_NOARGS, NULL},
@@ -543,7 +546,7 @@ static int
 add_type(PyObject *module, const char *name, PyType_Spec *spec, PyObject **ret_type)
 {
     *ret_type = PyType_FromModuleAndSpec(module, spec, NULL);
-    return *ret_type != NULL ? PyModule_AddObjectRef(module, name, *ret_type) : -1;
+    return *ret_type == NULL ? -1 : PyModule_AddObjectRef(module, name, *ret_type);
 }
 
 static int
@@ -555,7 +558,9 @@ ext_exec(PyObject *module)
     if (add_type(module, "Child", &ext_child_spec, &state->child_type) < 0 ||
         add_type(module, "Template", &ext_template_spec, &state->template_type) < 0 ||
         add_type(module, "Channel", &ext_channel_spec, &state->channel_type) < 0 ||
-        add_type(module, "View", &ext_view_spec, &state->view_type) < 0)
+        add_type(module, "View", &ext_view_spec, &state->view_type) < 0 ||
+        add_type(module, "Heartbeat", &ext_heartbeat_spec, &state->heartbeat_type) < 0 ||
+        add_type(module, "Supervisor", &ext_supervisor_spec, &state->supervisor_type) < 0)
         return -1;
 #ifdef AFK_FAULTS
     PyObject *faults = Py_True;
@@ -572,6 +577,8 @@ ext_traverse(PyObject *module, visitproc visit, void *arg)
     Py_VISIT(ext_state_of(module)->template_type);
     Py_VISIT(ext_state_of(module)->channel_type);
     Py_VISIT(ext_state_of(module)->view_type);
+    Py_VISIT(ext_state_of(module)->heartbeat_type);
+    Py_VISIT(ext_state_of(module)->supervisor_type);
     return 0;
 }
 
@@ -582,6 +589,8 @@ ext_clear(PyObject *module)
     Py_CLEAR(ext_state_of(module)->template_type);
     Py_CLEAR(ext_state_of(module)->channel_type);
     Py_CLEAR(ext_state_of(module)->view_type);
+    Py_CLEAR(ext_state_of(module)->heartbeat_type);
+    Py_CLEAR(ext_state_of(module)->supervisor_type);
     return 0;
 }
 

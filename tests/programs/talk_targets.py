@@ -58,6 +58,11 @@ def spin() -> None:
         pass
 
 
+def hold_gil() -> None:
+    """Computes in C: no other Python runs meanwhile."""
+    sum(range(10**12))
+
+
 def deaf(path: str) -> None:
     """Does not let itself be cancelled."""
     while True:
@@ -196,6 +201,7 @@ def fail_at_7(n: int) -> int:
 
 async def async_add(a: int, b: int) -> tuple[str | None, int]:
     import anyio
+
     from anyfork._aio import running_loop
 
     await anyio.sleep(0.001)

@@ -189,9 +189,7 @@ def test_descriptors(api: Api, method: str) -> None:
     api.run(check)
 
 
-def test_progress_context_and_log(
-    api: Api, method: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_progress_context_and_log(api: Api, method: str, caplog: pytest.LogCaptureFixture) -> None:
     async def check() -> None:
         async with worker(api, method, log_level=logging.INFO) as w:
             seen: list[Any] = []
@@ -297,9 +295,7 @@ def test_cancelled_at_every_step(api: Api) -> None:
             while at < steps and at < 100:
                 at += 1
                 with anyio.CancelScope() as scope:
-                    steps, _value = await stepping(
-                        p.run(targets.echo, at), at, scope.cancel
-                    )
+                    steps, _value = await stepping(p.run(targets.echo, at), at, scope.cancel)
                     assert _value == at
                 if scope.cancelled_caught:
                     steps = 10**6
@@ -397,6 +393,34 @@ def test_initializer(api: Api, method: str, tmp_path: Path) -> None:
             async with worker(api, method, initializer=targets.fail, initargs=("not today",)):
                 pass
         assert "in fail" in caught.value.__notes__[-1]
+
+    api.run(check)
+
+
+def test_heartbeat(api: Api) -> None:
+    """Seen while a call runs: what computes, what holds the GIL, what waits, what stopped."""
+    if api.name == "sync":
+        pytest.skip("sync: its thread waits for the call; the loops' tests show it")
+
+    async def check() -> None:
+        for target, args, verdict in (
+            (targets.spin, (), "running"),
+            (targets.hold_gil, (), "in_c"),
+            (targets.sleep, (60,), "waiting"),
+        ):
+            async with (
+                worker(api, "zygote", heartbeat=0.02, grace=0) as w,
+                anyio.create_task_group() as group,
+            ):
+                group.start_soon(functools.partial(w.run, target, *args))
+                with anyio.fail_after(20):
+                    while await w.heartbeat() != verdict:
+                        pass
+                os.kill(w.pid, signal.SIGSTOP)
+                with anyio.fail_after(20):
+                    while await w.heartbeat() != "stopped":
+                        pass
+                group.cancel_scope.cancel()
 
     api.run(check)
 
@@ -522,9 +546,7 @@ def test_pool(api: Api) -> None:
                     pass
             results = [
                 r
-                async for r in p.map(
-                    targets.fail_at_7, range(20), chunks=3, return_exceptions=True
-                )
+                async for r in p.map(targets.fail_at_7, range(20), chunks=3, return_exceptions=True)
             ]
             assert [type(r) for r in results if not isinstance(r, int)] == [ValueError]
             with pytest.raises(TimeoutError):
