@@ -28,7 +28,8 @@ from anyfork._anyfork import Channel
 SPIN = 200e-6
 ECHO, DROP, ASK = 1, 2, 3
 KIB, MIB = 1024, 1 << 20
-SIZES = {100: 500, 16 * KIB: 300, 64 * KIB: 200, MIB: 60, 100 * MIB: 3}  # bytes: messages in a round
+# Bytes: messages in a round.
+SIZES = {100: 500, 16 * KIB: 300, 64 * KIB: 200, MIB: 60, 100 * MIB: 3}
 
 
 def send(channel: Channel, kind: int, parts: list[Any]) -> None:

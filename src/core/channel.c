@@ -112,7 +112,7 @@ enter(struct afk_channel *channel)
     return (atomic_fetch_add(&channel->users, 1) & CLOSED) == 0;
 }
 
-/* Who leaves last closes the descriptor: nobody uses its number any more. */
+/* Who leaves last closes the descriptor: nobody uses its number any more, nor a segment. */
 static void
 leave(struct afk_channel *channel)
 {
@@ -120,6 +120,8 @@ leave(struct afk_channel *channel)
         return;
     int fd = atomic_exchange(&channel->fd, -1);
     afk_lifeline_close(&fd);
+    afk_ring_clear(channel->ring);
+    afk_mappings_clear(channel->mappings);
 }
 
 /* Of a call that enter() has refused. */
@@ -128,7 +130,7 @@ refuse(struct afk_channel *channel)
 {
     if (channel->generation == afk_generation())
         leave(channel);
-    return -EBADF;
+    return -ESHUTDOWN; /* no call of a socket says so: EBADF may be of a descriptor to send */
 }
 
 void

@@ -92,6 +92,8 @@ void afk_ring_give(struct afk_ring *ring, struct afk_lease *lease, bool was_sent
 /* Frees what is not in use. */
 void afk_ring_trim(struct afk_ring *ring);
 void afk_ring_count(struct afk_ring *ring, unsigned *ret_n, uint64_t *ret_bytes);
+/* All of them, while nobody has a lease. */
+void afk_ring_clear(struct afk_ring *ring);
 void afk_ring_free(struct afk_ring *ring);
 
 /* The receiver's ends. Any thread. */
@@ -107,6 +109,7 @@ int afk_mappings_take(struct afk_mappings *mappings, const struct afk_frame *fra
                       const char **ret_why);
 void afk_mappings_count(struct afk_mappings *mappings, unsigned *ret_n, uint64_t *ret_bytes);
 /* Those in use stay until their last view has gone. */
+void afk_mappings_clear(struct afk_mappings *mappings);
 void afk_mappings_free(struct afk_mappings *mappings);
 void afk_mapping_ref(struct afk_mapping *mapping);
 /* One view less. Any thread, also when the channel has gone. */
@@ -119,7 +122,7 @@ struct afk_channel;
  * this process: a forked child has it closed. 0 or a negative errno; -EPROTOTYPE: no such. */
 int afk_channel_new(struct afk_channel **ret_channel, int fd, uint64_t message_max);
 /* All calls below but free are for any thread, and may be under way when it is closed: they fail
- * with -EBADF then, as in a forked child. */
+ * with -ESHUTDOWN then, as in a forked child. */
 void afk_channel_close(struct afk_channel *channel);
 void afk_channel_free(struct afk_channel *channel); /* closes it too */
 int afk_channel_fd(struct afk_channel *channel);    /* or -1 */
@@ -162,7 +165,7 @@ void afk_received_drop(struct afk_received *received, unsigned taken);
 
 enum afk_wait { AFK_WAIT_READABLE = 1, AFK_WAIT_ALSO = 2, AFK_WAIT_WRITABLE = 4 };
 /* Until the channel is readable, or writable if `for_writing`, or the descriptor `also` (-1: none)
- * is readable, or the peer has gone. Bits; 0: the time has passed; -EINTR; -EBADF. */
+ * is readable, or the peer has gone. Bits; 0: the time has passed; -EINTR; -ESHUTDOWN. */
 int afk_channel_wait(struct afk_channel *channel, bool for_writing, int also, int64_t timeout_ns);
 /* Both directions end: waiters wake, what has come can still be received. */
 int afk_channel_shutdown(struct afk_channel *channel);

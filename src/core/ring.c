@@ -289,12 +289,23 @@ afk_ring_count(struct afk_ring *ring, unsigned *ret_n, uint64_t *ret_bytes)
 }
 
 void
-afk_ring_free(struct afk_ring *ring)
+afk_ring_clear(struct afk_ring *ring)
 {
-    bool is_ours = ring->generation == afk_generation(); /* a forked child does not have them */
-    for (unsigned i = 0; is_ours && i < AFK_SLOTS; i++)
+    (void)pthread_mutex_lock(&ring->lock);
+    for (unsigned i = 0; i < AFK_SLOTS; i++) {
         if (ring->slot[i].base != NULL)
             afk_os_unmap(ring->slot[i].base, ring->slot[i].bytes);
+        ring->slot[i] = (struct segment){.base = NULL};
+    }
+    ring->bytes = 0;
+    (void)pthread_mutex_unlock(&ring->lock);
+}
+
+void
+afk_ring_free(struct afk_ring *ring)
+{
+    if (ring->generation == afk_generation()) /* a forked child does not have the segments */
+        afk_ring_clear(ring);
     (void)pthread_mutex_destroy(&ring->lock);
     free(ring);
 }
@@ -480,12 +491,28 @@ afk_mappings_count(struct afk_mappings *m, unsigned *ret_n, uint64_t *ret_bytes)
     (void)pthread_mutex_unlock(&m->lock);
 }
 
+static void
+drop_all(struct afk_mappings *m)
+{
+    for (unsigned i = 0; i < AFK_SLOTS; i++) {
+        if (m->slot[i] != NULL)
+            drop(m->slot[i]);
+        m->slot[i] = NULL;
+    }
+}
+
+void
+afk_mappings_clear(struct afk_mappings *m)
+{
+    (void)pthread_mutex_lock(&m->lock);
+    drop_all(m);
+    (void)pthread_mutex_unlock(&m->lock);
+}
+
 void
 afk_mappings_free(struct afk_mappings *m)
 {
-    for (unsigned i = 0; i < AFK_SLOTS; i++)
-        if (m->slot[i] != NULL)
-            drop(m->slot[i]);
+    drop_all(m); /* in a forked child nobody may have the lock */
     (void)pthread_mutex_destroy(&m->lock);
     free(m);
 }

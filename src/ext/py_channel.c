@@ -41,7 +41,8 @@ view_dealloc(PyObject *op)
     PyTypeObject *type = Py_TYPE(op);
     struct afk_mapping *mapping = ((struct view_object *)op)->mapping;
     /* It may be the end of the memory. */
-    PyThreadState *ts = ((struct view_object *)op)->size > FREE_WITHOUT_GIL ? PyEval_SaveThread() : NULL;
+    Py_ssize_t size = ((struct view_object *)op)->size;
+    PyThreadState *ts = size > FREE_WITHOUT_GIL ? PyEval_SaveThread() : NULL;
     if (mapping != NULL)
         afk_mapping_unref(mapping);
     if (ts != NULL)
@@ -106,7 +107,7 @@ raise_errno(int errnum, const char *text)
 static PyObject *
 raise_code(int code)
 {
-    if (code == -EBADF) {
+    if (code == -ESHUTDOWN) {
         PyErr_SetString(PyExc_ValueError,
                         "the channel is closed, or of the process that this one was forked from");
         return NULL;
@@ -389,7 +390,7 @@ channel_receive(PyObject *op, PyObject *Py_UNUSED(args))
         PyErr_SetString(PyExc_EOFError, "the peer has closed the channel");
         return NULL;
     }
-    if (r == -EBADF)
+    if (r == -ESHUTDOWN)
         return raise_code(r);
     afk_channel_close(channel_of(op)); /* its message is lost */
     if (r != -EBADMSG)
@@ -495,7 +496,7 @@ static PyObject *
 channel_fileno(PyObject *op, PyObject *Py_UNUSED(args))
 {
     int fd = afk_channel_fd(channel_of(op));
-    return fd < 0 ? raise_code(-EBADF) : PyLong_FromLong(fd);
+    return fd < 0 ? raise_code(-ESHUTDOWN) : PyLong_FromLong(fd);
 }
 
 static PyObject *

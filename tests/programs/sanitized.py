@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import resource
+import socket
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ import threading
 import subint
 
 import anyfork
+from anyfork import _anyfork
 
 # It takes a clone(2) that shares memory for a fork, and what it forgets in a forked child
 # it then forgets here: which calls of this thread wait for others.
@@ -126,9 +128,44 @@ def with_options(method: str) -> None:
         assert anyfork.run(int, "1", method=method, guard=True) == 1
 
 
+def talk() -> None:
+    """Messages of all kinds from one thread to another, which keeps some of the views."""
+    a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours, theirs = _anyfork.Channel(a.detach()), _anyfork.Channel(b.detach())
+    sizes = (0, 100, 20_000, 70_000, 3_000_000)
+    n_messages = 20 * len(sizes)
+
+    def send() -> None:
+        for i in range(n_messages):
+            while not ours.send(1, i, [bytes(sizes[i % len(sizes)]), b"end"], (0,)):
+                ours.wait_writable()
+        ours.close()
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    kept: list[object] = []
+    for i in range(n_messages):
+        while (message := theirs.receive()) is None:
+            theirs.wait()
+        _kind, number, parts, fds = message
+        assert number == i
+        assert [len(part) for part in parts] == [sizes[i % len(sizes)], 3]
+        assert sum(memoryview(parts[0])[::4096]) == 0
+        os.close(fds[0])
+        kept = [*kept[-10:], parts]
+    thread.join()
+    try:
+        theirs.receive()
+    except EOFError:
+        theirs.close()
+    else:
+        raise AssertionError("no end")
+
+
 def everything(n: int) -> None:
     fast = methods(slow=False)
     for _ in range(n):
+        talk()
         if "fork" in fast:
             fork_once()
         for method in fast:
@@ -160,6 +197,7 @@ def on_threads(n: int) -> None:
     def body() -> None:
         try:
             for _ in range(n):
+                talk()
                 for method in fast:
                     anyfork.run(int, "1", method=method)
         except BaseException as exc:
