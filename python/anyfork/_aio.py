@@ -44,10 +44,10 @@ class _Trio:
 
     async def wait(self, link: Link, timeout: float | None) -> bool:
         if timeout is None:
-            await self._wait_readable(link.fileno())
+            await self._wait_readable(link.fd)
             return True
         with self._move_on_after(timeout):
-            await self._wait_readable(link.fileno())
+            await self._wait_readable(link.fd)
             return True
         return False
 
@@ -67,7 +67,7 @@ class _Asyncio:
         self.now = self._loop.time
 
     async def wait(self, link: Link, timeout: float | None) -> bool:
-        loop, fd = self._loop, link.fileno()
+        loop, fd = self._loop, link.fd
         came: asyncio.Future[bool] = loop.create_future()
         timer = None
         if timeout is not None:

@@ -16,7 +16,7 @@ import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextvars import ContextVar
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from . import _anyfork, _heartbeat, _memory, _request, _session, _worker
 from ._child import Child
@@ -68,7 +68,6 @@ class Link:
         self.session = session
         self.grace = grace
         self.statistics = {"calls": 0, "failed": 0, "cancelled": 0}
-        self.service = 0.0  # seconds that a call took, of late
         self.over = False  # it sends nothing more
         self.killed = False  # by us
         self.rss_page = os.sysconf("SC_PAGE_SIZE")
@@ -76,6 +75,7 @@ class Link:
         self._tail = b""
         self._stderr = -1
         self._epoll = select.epoll()
+        self.fd = self._epoll.fileno()
         self._epoll.register(channel.fileno(), select.EPOLLIN)
         self._watched = child.wake_fd
         self._epoll.register(self._watched, select.EPOLLIN)
@@ -99,7 +99,7 @@ class Link:
         stderr_tail: bool,
         heartbeat: float | None,
         options: Options,
-    ) -> Link:
+    ) -> Self:
         """Start the worker; :meth:`ready` waits for it."""
         name = _request.DEFAULT if method is None else method
         traits = _request.TRAITS.get(name)
@@ -155,8 +155,9 @@ class Link:
             raise
 
     async def _wait(self, deadline: float | None) -> None:
-        left = None if deadline is None else max(0.0, deadline - self._io.now())
-        if not await self._io.wait(self, left) and deadline is not None:
+        if deadline is None:
+            await self._io.wait(self, None)
+        elif not await self._io.wait(self, max(0.0, deadline - self._io.now())):
             raise TimeoutError(f"{worker_name(self.child.pid)} did not answer in time")
 
     async def close(self) -> None:
@@ -223,9 +224,8 @@ class Link:
 
     # ---- what comes ----------------------------------------------------------------------
 
-    def fileno(self) -> int:
-        """For event loops: readable when :meth:`advance` has something to do."""
-        return self._epoll.fileno()
+    fd: int
+    """For event loops: readable when :meth:`advance` has something to do."""
 
     def advance(self) -> None:
         """Take in what has come, without waiting."""
@@ -320,9 +320,24 @@ class Link:
 
     def figures(self) -> dict[str, Any]:
         """For statistics()."""
-        return {**self.statistics, "service": self.service, **self.channel.statistics()}
+        return {**self.statistics, **self.channel.statistics()}
 
     # ---- calls ---------------------------------------------------------------------------
+
+    def begin(
+        self,
+        fn: Callable[..., Any],
+        args: tuple[Any, ...],
+        extras: dict[str, Any] | None,
+        on_progress: Callable[[Any], object] | None,
+    ) -> tuple[Call, _session.Message]:
+        """One call, and the message that asks for it."""
+        if extras is None:
+            call, message = self.session.begin(CALL, (fn, args))
+        else:
+            call, message = self.session.begin(CALL_WITH, (fn, args, extras))
+        call.on_progress = on_progress
+        return call, message
 
     async def run(
         self,
@@ -333,20 +348,15 @@ class Link:
         on_progress: Callable[[Any], object] | None = None,
     ) -> Any:
         """One call, to its end."""
-        if extras is None:
-            call, message = self.session.begin(CALL, (fn, args))
-        else:
-            call, message = self.session.begin(CALL_WITH, (fn, args, extras))
-        call.on_progress = on_progress
-        began = self._io.now()
-        await self.perform(call, message, None if timeout is None else began + timeout)
-        self.service += (self._io.now() - began - self.service) / 8
+        call, message = self.begin(fn, args, extras, on_progress)
+        deadline = None if timeout is None else self._io.now() + timeout
+        await self.perform(call, message, deadline)
         return self.outcome(call)
 
     def outcome(self, call: Call) -> Any:
         """What the call came to, the first that was not taken yet."""
-        returned, value = call.outcomes.popleft()
         self.statistics["calls"] += 1
+        returned, value = call.outcomes.popleft()
         if returned:
             return value
         self.statistics["failed"] += 1
@@ -366,7 +376,7 @@ class Link:
     ) -> None:
         """Send it and wait until all is answered; whatever goes wrong, it is over then."""
         try:
-            if not self.channel.send(*message):
+            if not (call.started or self.channel.send(*message)):
                 await self.send(message, deadline)
             call.started = True
             while not call.done:
@@ -446,7 +456,7 @@ class Link:
         if call.stream is not None:
             call.stream.drop()
         if call.outcomes and isinstance(call.outcomes[-1][1], CallCancelled):
-            call.received = call.count  # those behind it are not begun
+            call.finish()  # those behind it are not begun
 
     def _prod(self) -> None:
         """The channel is not looked at by a target that runs: interrupt it."""

@@ -104,44 +104,68 @@ def _arrived(index: int) -> Descriptor:
     return descriptor
 
 
-def dump_call(call: tuple[Any, ...], method: str, same_main: bool) -> tuple[list[Any], list[int]]:
+def dump_call(
+    call: tuple[Any, ...], method: str, same_main: bool
+) -> tuple[list[Any], Sequence[int]]:
     """(parts, fds) of a function and its arguments, by reference where the worker can find
     them, else by value. ``same_main``: its ``__main__`` is this one. TypeError."""
     parts: list[Any] = [b""]
+    if not (any_large(call[1]) and not same_main):
+        try:
+            data = pickle.dumps(call, 5, buffer_callback=parts.append)
+        except Exception:  # a lambda, say, or a descriptor
+            pass
+        else:
+            if same_main or b"_main__" not in data:
+                parts[0] = data
+                return parts, ()
     fds: list[int] = []
     _descriptors.sent = fds
     try:
-        if same_main or getattr(call[0], "__module__", None) != "__main__":
-            try:
-                data, names_main = _by_reference(call, parts)
-            except Exception:  # a lambda, say
-                names_main = True
-            else:
-                if same_main or not names_main:
-                    parts[0] = data
-                    return parts, fds
-        del parts[1:], fds[:]
-        parts[0] = _pickling.by_value(call, method, parts.append)
+        del parts[1:]
+        parts[0] = _dump_slowly(call, method, same_main, fds, parts)
         return parts, fds
     finally:
         _descriptors.sent = None
 
 
-def _by_reference(call: tuple[Any, ...], parts: list[Any]) -> tuple[bytes, bool]:
-    """The pickle, and whether something in it may be defined in ``__main__``."""
-    for arg in call[1]:
-        if isinstance(arg, bytes | bytearray | str) and len(arg) > _LARGE:
-            return _pickling.looked_through(call, parts.append)
-    data = pickle.dumps(call, 5, buffer_callback=parts.append)
-    return data, b"_main__" in data
+def any_large(args: Sequence[object]) -> bool:
+    """Whether there is a text that takes long to search."""
+    for arg in args:
+        kind = type(arg)
+        if (kind is bytes or kind is str or kind is bytearray) and len(arg) > _LARGE:  # type: ignore[arg-type]
+            return True
+    return False
 
 
-def dump(value: object) -> tuple[list[Any], list[int]]:
+def _dump_slowly(
+    call: tuple[Any, ...], method: str, same_main: bool, fds: list[int], parts: list[Any]
+) -> bytes:
+    """Also what has descriptors, is large, or has to go by value."""
+    try:
+        data, names_main = _pickling.looked_through(call, parts.append)
+    except Exception:
+        names_main = True
+    else:
+        if same_main or not names_main:
+            return data
+    del parts[1:], fds[:]
+    return _pickling.by_value(call, method, parts.append)
+
+
+def dump(value: object) -> tuple[list[Any], Sequence[int]]:
     """(parts, fds) of a result or an item. What came by value goes back so."""
     parts: list[Any] = [b""]
+    try:
+        parts[0] = pickle.dumps(value, 5, buffer_callback=parts.append)
+    except Exception:
+        pass
+    else:
+        return parts, ()
     fds: list[int] = []
     _descriptors.sent = fds
     try:
+        del parts[1:]
         parts[0] = _boot.dumps(value, parts)
         return parts, fds
     finally:
@@ -151,12 +175,15 @@ def dump(value: object) -> tuple[list[Any], list[int]]:
 def load(parts: Sequence[Any], fds: Sequence[int]) -> Any:
     """What :func:`dump` and :func:`dump_call` have made of a value. Its buffers are read-only
     views, of shared memory where they are large: it is used again when the last has gone."""
-    buffers = [memoryview(part) for part in parts[1:]] if len(parts) > 1 else ()
+    data = parts[0]
+    if len(parts) == 1 and not fds and type(data) is bytes and b"_main__" not in data:
+        return pickle.loads(data)  # most are so
+    buffers = [memoryview(part) for part in parts[1:]]
     if not fds:
-        return _boot.loads(parts[0], buffers)
+        return _boot.loads(data, buffers)
     _descriptors.received = received = list(fds)
     try:
-        return _boot.loads(parts[0], buffers)
+        return _boot.loads(data, buffers)
     finally:
         _descriptors.received = None
         for fd in received:  # that nothing in the value names
@@ -228,6 +255,7 @@ class Call:
 
     __slots__ = (
         "count",
+        "done",
         "first",
         "on_answer",
         "on_progress",
@@ -242,6 +270,7 @@ class Call:
         self.first = first
         self.count = count
         self.received = 0
+        self.done = False  # the worker has answered all of it
         self.outcomes: deque[Outcome] = deque()
         self.started = False  # the worker may have it
         self.unbegun = 0
@@ -249,13 +278,9 @@ class Call:
         self.on_progress: Callable[[Any], object] | None = None
         self.on_answer: Callable[[Outcome], object] = self.outcomes.append
 
-    @property
-    def done(self) -> bool:
-        """Whether the worker has answered all of it."""
-        return self.received == self.count
-
     def answer(self, outcome: Outcome) -> None:
         self.received += 1
+        self.done = self.received == self.count
         self.on_answer(outcome)
 
     def lost(self, exc: BaseException) -> None:
@@ -264,7 +289,12 @@ class Call:
         if left:
             self.answer((False, exc))
             self.unbegun = left - 1
+        self.finish()
+
+    def finish(self) -> None:
+        """Nothing more is answered."""
         self.received = self.count
+        self.done = True
 
 
 class Session:

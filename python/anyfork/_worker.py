@@ -9,6 +9,7 @@ import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
+from types import CoroutineType
 from typing import TYPE_CHECKING, Any
 
 from . import _anyfork, _boot, _session
@@ -99,15 +100,16 @@ class _Serving:
         try:
             if self.inbox:  # the signal handler was there first
                 return self.inbox.popleft()
+            channel = self.channel
             while not self._ended:
-                try:
-                    message: _session.Message | None = self.channel.receive()
-                except (EOFError, ConnectionError):
-                    self._ended = True
-                    break
+                if wait:
+                    channel.wait(None)
+                message: _session.Message | None = channel.receive()
                 if message is not None or not wait:
                     return message
-                self.channel.wait(None)
+            return None
+        except (EOFError, ConnectionError):
+            self._ended = True
             return None
         finally:
             self._reading = False
@@ -226,7 +228,7 @@ class _Serving:
                         raise Cancelled
                 result = fn(*args)
                 self._interruptible = False
-                if isinstance(result, Coroutine):
+                if type(result) is CoroutineType:
                     result = self._in_loop(result)
             except BaseException as exc:
                 self._interruptible = False

@@ -30,7 +30,7 @@ GRACE = 0.5
 # each thread that wants it; and keeps the other threads from running. So only where an answer
 # is about to come, and from another CPU.
 _POLLED = 200e-6  # seconds at most
-_SERVICE = 100e-6  # of workers that answer faster than that
+_MOST_WAITS = 64  # so many calls are not polled for, after several that were in vain
 
 
 class _Blocking:
@@ -46,12 +46,62 @@ class _Blocking:
 
     async def wait(self, link: Link, timeout: float | None) -> bool:
         if link.channel.closed:
-            return _readable(link.fileno(), timeout)
-        spin = _POLLED if self.polling and link.service < _SERVICE else 0.0
-        return bool(link.channel.wait(timeout, spin, link.fileno()))
+            return _readable(link.fd, timeout)
+        return bool(link.channel.wait(timeout, 0.0, link.fd))
 
     def shield(self) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext()
+
+
+class _Link(Link):
+    """With calls whose answer is polled for, if it is about to come."""
+
+    _waits = 0  # calls that are not polled for, after one that was in vain
+    _in_vain = 0
+
+    def call(
+        self,
+        fn: Callable[..., Any],
+        args: tuple[Any, ...],
+        timeout: float | None,
+        context: Iterable[ContextVar[Any]],
+        on_progress: Callable[[Any], object] | None,
+    ) -> Any:
+        """:meth:`run`, for a thread that may be blocked."""
+        extras = {"context": context_of(context)} if context else None
+        call, message = self.begin(fn, args, extras, on_progress)
+        deadline = None if timeout is None else time.monotonic() + timeout
+        if self._polling and (timeout is None or timeout > _POLLED):
+            self._poll(call, message)
+        if not call.done:
+            _drive(self.perform(call, message, deadline))
+        return self.outcome(call)
+
+    @property
+    def _polling(self) -> bool:
+        io: Any = self._io
+        if self._waits:
+            self._waits -= 1
+            return False
+        return bool(io.polling)
+
+    def _poll(self, call: _session.Call, message: _session.Message) -> None:
+        """Send it, and take the answer if it comes at once. All else is perform()'s."""
+        channel = self.channel
+        try:
+            if channel.send(*message):
+                call.started = True
+                if channel.wait(_POLLED, _POLLED):
+                    self.advance()
+        except ConnectionError:
+            return  # which meets it too
+        except BaseException:
+            _drive(self.leave(call))
+            raise
+        if call.done:
+            self._in_vain = 0
+        else:
+            self._waits = self._in_vain = min(2 * self._in_vain + 1, _MOST_WAITS)
 
 
 def _readable(fd: int, timeout: float | None) -> bool:
@@ -78,7 +128,7 @@ class Stream:
     """A running call that sends and receives; made by :meth:`Worker.open_stream`. Of one
     thread at a time."""
 
-    def __init__(self, io: _Blocking, link: Link, call: _session.Call) -> None:
+    def __init__(self, io: _Blocking, link: _Link, call: _session.Call) -> None:
         self._io = io
         self._link = link
         self._call = call
@@ -99,7 +149,7 @@ class Stream:
         with contextlib.suppress(ConnectionError):  # its end is told by receive()
             while not self._call.done and not self._link.channel.send(*message):
                 with self._link.writable():
-                    _readable(self._link.fileno(), None)
+                    _readable(self._link.fd, None)
                     self._link.advance()
 
     def send(self, value: object) -> None:
@@ -170,7 +220,7 @@ class Worker:
     """A worker process that is called. Made by :func:`open_worker`. Safe from any thread; one
     call at a time."""
 
-    def __init__(self, io: _Blocking, link: Link) -> None:
+    def __init__(self, io: _Blocking, link: _Link) -> None:
         self._io = io
         self._link = link
         self._turn = threading.Lock()
@@ -212,7 +262,7 @@ class Worker:
         with self._turn:
             if self._link.over:
                 raise self._link.death()
-            return _drive(self._link.run(fn, args, timeout, _extras(context), on_progress))
+            return self._link.call(fn, args, timeout, context, on_progress)
 
     @contextlib.contextmanager
     def open_stream(
@@ -266,7 +316,7 @@ def open_worker(
     Raises: as :func:`anyfork.spawn`; what the initializer raised; TimeoutError.
     """
     io = _Blocking(polling)
-    link = Link.start(
+    link = _Link.start(
         io,
         method=method,
         grace=grace,
@@ -302,8 +352,8 @@ class Pool:
         self._spec = spec
         self._changed = threading.Condition()
         self._free = high
-        self._idle: list[tuple[Link, float]] = []  # and since when
-        self._links: set[Link] = set()
+        self._idle: list[tuple[_Link, float]] = []  # and since when
+        self._links: set[_Link] = set()
         self._closed = False
         self._ended = {"calls": 0, "failed": 0, "cancelled": 0}
         self._counts = {"started": 0, "died": 0, "recycled": 0}
@@ -316,14 +366,14 @@ class Pool:
         for link, _since in list(self._idle):
             self._await_ready(link)
 
-    def _start(self) -> Link:
-        link = Link.start(self._io, **self._spec)
+    def _start(self) -> _Link:
+        link = _Link.start(self._io, **self._spec)
         with self._changed:
             self._links.add(link)
             self._counts["started"] += 1
         return link
 
-    def _await_ready(self, link: Link) -> None:
+    def _await_ready(self, link: _Link) -> None:
         try:
             _drive(link.ready(self._start_timeout))
         except BaseException:
@@ -331,7 +381,7 @@ class Pool:
                 self._links.discard(link)
             raise
 
-    def _take(self, wait: bool = True) -> Link | None:
+    def _take(self, wait: bool = True) -> _Link | None:
         """A worker that is ready, for one call; to be given back. None: there is none now."""
         with self._changed:
             while not self._free and not self._closed:
@@ -355,7 +405,7 @@ class Pool:
             self._release()
             raise
 
-    def _is_good(self, link: Link) -> bool:
+    def _is_good(self, link: _Link) -> bool:
         """Whether one that had nothing to do is fit for a call."""
         if not link.session.ready:
             try:
@@ -371,7 +421,7 @@ class Pool:
             self._free += 1
             self._changed.notify()
 
-    def _give(self, link: Link) -> None:
+    def _give(self, link: _Link) -> None:
         try:
             if link.over or link.killed:
                 self._bury(link)
@@ -393,7 +443,7 @@ class Pool:
     def _shrink(self) -> None:
         """End those that had nothing to do for long; looked at whenever a call has ended."""
         since = self._io.now() - self._idle_time
-        old: list[Link] = []
+        old: list[_Link] = []
         with self._changed:
             while (
                 len(self._links) - len(old) > self._low and self._idle and self._idle[0][1] < since
@@ -402,17 +452,17 @@ class Pool:
         for link in old:
             self._end(link)
 
-    def _is_worn(self, link: Link) -> bool:
+    def _is_worn(self, link: _Link) -> bool:
         if self._max_calls is not None and link.statistics["calls"] >= self._max_calls:
             return True
         return self._max_rss is not None and link.rss() > self._max_rss
 
-    def _bury(self, link: Link) -> None:
+    def _bury(self, link: _Link) -> None:
         if not link.killed:
             self._counts["died"] += 1
         self._end(link)
 
-    def _end(self, link: Link) -> None:
+    def _end(self, link: _Link) -> None:
         with self._changed:
             self._links.discard(link)
             for name in self._ended:
@@ -452,12 +502,11 @@ class Pool:
     ) -> Any:
         """Call ``fn(*args)`` in a worker of the pool: as :meth:`anyfork.anyio.Pool.run`. Waits
         for a worker that is free."""
-        extras = _extras(context)
         for attempt in range(3):
             link = self._take()
             assert link is not None
             try:
-                return _drive(link.run(fn, args, timeout, extras, on_progress))
+                return link.call(fn, args, timeout, context, on_progress)
             except WorkerDied:
                 # It died while it had nothing to do: this call never began.
                 if link.began or attempt == 2:
@@ -501,7 +550,7 @@ class Pool:
 class _Running:
     """A chunk that a worker is at."""
 
-    def __init__(self, link: Link, call: _session.Call, chunk: list[tuple[int, Any]]) -> None:
+    def __init__(self, link: _Link, call: _session.Call, chunk: list[tuple[int, Any]]) -> None:
         self.link = link
         self.call = call
         self.chunk = chunk
@@ -585,7 +634,7 @@ class _Mapping:
                 return
             self._begin(link, chunk)
 
-    def _begin(self, link: Link, chunk: list[tuple[int, Any]]) -> None:
+    def _begin(self, link: _Link, chunk: list[tuple[int, Any]]) -> None:
         try:
             call, message = link.begin_many(self._fn, [(item,) for _index, item in chunk])
         except Exception as exc:
@@ -598,8 +647,8 @@ class _Mapping:
         indices = iter([index for index, _item in chunk])
         call.on_answer = lambda outcome: self._answer(next(indices), outcome)
         running = _Running(link, call, chunk)
-        self._running[link.fileno()] = running
-        self._epoll.register(link.fileno(), select.EPOLLIN)
+        self._running[link.fd] = running
+        self._epoll.register(link.fd, select.EPOLLIN)
         try:
             _drive(link.send(message))
             call.started = True
@@ -627,8 +676,8 @@ class _Mapping:
 
     def _ended(self, running: _Running) -> None:
         link, call, chunk = running.link, running.call, running.chunk
-        del self._running[link.fileno()]
-        self._epoll.unregister(link.fileno())
+        del self._running[link.fd]
+        self._epoll.unregister(link.fd)
         link.statistics["calls"] += len(chunk) - call.unbegun
         if call.unbegun and call.started:
             self._left.append(chunk[-call.unbegun :])
