@@ -51,6 +51,8 @@ bench: .venv/ready
 	@tools/in python bench/bench_lifeline.py
 	@tools/in python bench/bench_zygote.py
 	@tools/in python bench/bench_run.py
+	@tools/in python bench/bench_channel.py
+	@tools/in python bench/bench_talk.py
 
 clean:
 	rm -rf .venv build

@@ -43,6 +43,9 @@ class Io(Protocol):
     async def wait(self, link: Link, timeout: float | None) -> bool:
         """Until the link is readable; False: it was not, after so many seconds."""
 
+    def forget(self, link: Link) -> None:
+        """It is waited for no more, and closed."""
+
     def shield(self) -> contextlib.AbstractContextManager[object]:
         """What runs in it is not cancelled: it takes a bounded time."""
 
@@ -166,6 +169,7 @@ class Link:
             with self._io.shield():
                 await self.end()
         except BaseException:
+            self._io.forget(self)
             self.child.close()  # kills it
             raise
 
@@ -177,6 +181,7 @@ class Link:
             return
         await self._await_end(self.grace if grace is None else grace)
         self._pump()
+        self._io.forget(self)
         self._epoll.close()
         self.beats = None  # its descriptor goes with it
         self.child.close()

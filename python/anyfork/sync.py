@@ -49,6 +49,9 @@ class _Blocking:
             return _readable(link.fd, timeout)
         return bool(link.channel.wait(timeout, 0.0, link.fd))
 
+    def forget(self, link: Link) -> None:
+        pass
+
     def shield(self) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext()
 
