@@ -62,7 +62,7 @@ def methods(slow: bool) -> list[str]:
             if not left_out(row.name):
                 found.append(row.name)
         else:
-            place = "main" if anyfork._anyfork.in_main() else "a sub-interpreter"
+            place = "main" if _anyfork.in_main() else "a sub-interpreter"
             print(f"{row.name}: skipped in {place}: {row.reason}", flush=True)
     return found
 
