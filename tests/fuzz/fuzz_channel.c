@@ -49,8 +49,8 @@ static void
 change(struct fuzz_input *in, void *to, size_t size)
 {
     for (unsigned n = fuzz_byte(in) % 4; n > 0; n--) {
-        size_t at = fuzz_byte(in) % size, most = size - at;
-        (void)fuzz_bytes(in, (char *)to + at, most < 8 ? most : 1 + fuzz_byte(in) % 8);
+        size_t at = fuzz_byte(in) % size, most = size - at, some = 1 + fuzz_byte(in) % 8u;
+        (void)fuzz_bytes(in, (char *)to + at, most < some ? most : some);
     }
 }
 
