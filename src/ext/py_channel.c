@@ -130,14 +130,16 @@ static PyObject *
 channel_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {(char *)"fd", (char *)"message_max", NULL};
-    unsigned long long message_max = 1ull << 32;
+    long long message_max = 1ll << 32;
     int fd;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "i|K:Channel", names, &fd, &message_max))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "i|L:Channel", names, &fd, &message_max))
         return NULL;
+    if (message_max < 0)
+        return PyErr_Format(PyExc_ValueError, "message_max: %lld is less than 0", message_max);
     struct channel_object *self = (struct channel_object *)type->tp_alloc(type, 0);
     if (self == NULL)
         return NULL;
-    int r = afk_channel_new(&self->channel, fd, message_max);
+    int r = afk_channel_new(&self->channel, fd, (uint64_t)message_max);
     if (r == 0)
         return (PyObject *)self;
     Py_DECREF(self);
@@ -298,11 +300,13 @@ channel_send(PyObject *op, PyObject *const *args, Py_ssize_t n_args, PyObject *k
     if (!take_arguments("send", names, 3, given, args, n_args, kwnames))
         return NULL;
     long kind = PyLong_AsLong(given[0]);
-    unsigned long long id = PyLong_AsUnsignedLongLong(given[1]);
-    if (PyErr_Occurred())
+    if (kind == -1 && PyErr_Occurred())
         return NULL;
     if (kind < 0 || kind > UINT16_MAX)
         return PyErr_Format(PyExc_ValueError, "kind: 0 to 65535 is wanted, not %ld", kind);
+    unsigned long long id = PyLong_AsUnsignedLongLong(given[1]);
+    if (id == (unsigned long long)-1 && PyErr_Occurred())
+        return NULL;
     int fds[AFK_CHANNEL_FDS_MAX];
     struct afk_message message = {.kind = (uint16_t)kind, .id = id, .fds = fds};
     struct buffers b;

@@ -113,6 +113,8 @@ def check_what_has_the_buffer_protocol(place: str) -> None:
         raises(ValueError, a.send, -1, 1, [])
         raises(ValueError, a.send, 65536, 1, [])
         raises(OverflowError, a.send, 1, 1 << 64, [])
+        raises(OverflowError, a.send, 1, -1, [])
+        raises(TypeError, a.send, "x", "y", [])
         raises(TypeError, a.send, 1, 1)
         raises(TypeError, a.send, 1, 1, [], (), ())
         raises(TypeError, a.send, 1, 1, [], fd=())
@@ -323,6 +325,7 @@ def check_what_is_no_socket(place: str) -> None:
         raises(ValueError, Channel, fd)
         os.fstat(fd)  # still the caller's
     raises(OSError, Channel, -1)
+    raises(ValueError, Channel, stream[0].fileno(), -1)
     raises(TypeError, Channel, "x")
     raises(TypeError, Channel)
     os.close(r)
