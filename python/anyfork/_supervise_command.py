@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import resource
 import select
 import signal
 import socket
+import subprocess
 import sys
 import time
 import tomllib
@@ -156,7 +158,7 @@ def _options_of(row: dict[str, Any]) -> dict[str, Any]:
         except ValueError:
             raise SpecError(f"umask: octal digits are wanted, not {row['umask']!r}") from None
     if options.get("stderr") == "stdout":
-        options["stderr"] = -2  # subprocess.STDOUT
+        options["stderr"] = subprocess.STDOUT
     if "rlimits" in row:
         options["rlimits"] = _rlimits(_table("rlimits", row["rlimits"]))
     clear = row.get("clear_env", False)
@@ -173,7 +175,8 @@ def _rlimits(table: dict[str, Any]) -> dict[int, Any]:
         number = getattr(resource, f"RLIMIT_{key.upper()}", None)
         if number is None or key != key.lower():
             raise SpecError(f"rlimits: {key!r} is no limit; 'nofile' is one")
-        values = [-1 if v == _NEVER else v for v in (value if isinstance(value, list) else [value])]
+        given = value if isinstance(value, list) else [value]
+        values = [resource.RLIM_INFINITY if v == _NEVER else v for v in given]
         if len(values) not in (1, 2) or not all(type(v) is int for v in values):
             raise SpecError(
                 f"rlimits: {key}: a number, 'infinity' or [soft, hard] is wanted, not {value!r}"
@@ -244,13 +247,13 @@ class _Supervisor:
             end.setblocking(False)
 
     def _as_here(self, spec: SupervisorSpec) -> SupervisorSpec:
-        """Standard output is for events: with --json nothing else is written there."""
-        if not self._as_json:
-            return spec
-        import dataclasses
-
+        """What children have where they do not say it: nothing to read; and with --json
+        nothing but events is written to standard output."""
+        common: dict[str, Any] = {"stdin": subprocess.DEVNULL}
+        if self._as_json:
+            common["stdout"] = 2
         children = [
-            dataclasses.replace(child, options={"stdout": 2, **child.options})
+            dataclasses.replace(child, options={**common, **child.options})
             for child in spec.children
         ]
         return dataclasses.replace(spec, children=tuple(children))

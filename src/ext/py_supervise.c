@@ -3,6 +3,8 @@
 #include "ext.h"
 
 #include <errno.h>
+#include <stdlib.h>
+#include <string.h>
 
 #include "core/supervise.h"
 
@@ -132,28 +134,62 @@ unlock(PyObject *op)
     PyMutex_Unlock(&((struct supervisor_object *)op)->lock);
 }
 
-/* What the call has put out; the lock is held. All of it is taken, also on an error. */
+/* What the call has put out, in the caller's memory: no Python object is made, for which
+ * the collector might run, while the lock is held. NULL, and not 0: no memory. */
+static struct afk_sv_out *
+take_queue(struct afk_supervisor *s, size_t *ret_n)
+{
+    size_t n = 0, room = 0;
+    struct afk_sv_out out, *all = NULL;
+    while (afk_sv_next(s, &out)) {
+        if (n == room) {
+            room = room == 0 ? 16 : 2 * room;
+            struct afk_sv_out *larger = realloc(all, room * sizeof *larger);
+            if (larger == NULL) {
+                free(all);
+                *ret_n = 1;
+                return NULL;
+            }
+            all = larger;
+        }
+        all[n++] = out;
+    }
+    *ret_n = n;
+    return all;
+}
+
+static PyObject *
+raise_for(int r)
+{
+    if (r == -ESRCH)
+        return PyErr_Format(PyExc_KeyError, "no such child");
+    errno = -r;
+    return PyErr_SetFromErrno(PyExc_OSError);
+}
+
+/* Unlocks. `r`: what the call has returned. */
 static PyObject *
 take_all(PyObject *op, int r)
 {
-    struct afk_sv_out out;
-    PyObject *list = PyList_New(0);
-    while (afk_sv_next(of(op), &out)) {
-        PyObject *row = list == NULL ? NULL
-                                     : Py_BuildValue("sIiL", afk_sv_kind_name(out.kind), out.id,
-                                                     out.value, (long long)out.ns);
-        if (list != NULL && (row == NULL || PyList_Append(list, row) < 0))
-            Py_CLEAR(list);
-        Py_XDECREF(row);
-    }
+    size_t n = 0;
+    struct afk_sv_out *all = take_queue(of(op), &n);
     unlock(op);
     if (r < 0) {
-        Py_XDECREF(list);
-        if (r == -ESRCH)
-            return PyErr_Format(PyExc_KeyError, "no such child");
-        errno = -r;
-        return PyErr_SetFromErrno(PyExc_OSError);
+        free(all);
+        return raise_for(r);
     }
+    if (all == NULL && n > 0)
+        return PyErr_NoMemory();
+    PyObject *list = PyList_New((Py_ssize_t)n);
+    for (size_t i = 0; list != NULL && i < n; i++) {
+        PyObject *row = Py_BuildValue("sIiL", afk_sv_kind_name(all[i].kind), all[i].id,
+                                      all[i].value, (long long)all[i].ns);
+        if (row != NULL)
+            PyList_SET_ITEM(list, (Py_ssize_t)i, row);
+        else
+            Py_CLEAR(list);
+    }
+    free(all);
     return list;
 }
 
@@ -291,14 +327,22 @@ supervisor_deadline(PyObject *op, PyObject *Py_UNUSED(args))
     return PyLong_FromLongLong(next);
 }
 
+static bool
+look(PyObject *op, size_t index, struct afk_sv_view *ret)
+{
+    lock(op);
+    bool found = afk_sv_view(of(op), index, ret);
+    unlock(op);
+    return found;
+}
+
 /* (id, state, verdict or None, failures in a row) of each child, in their order. */
 static PyObject *
 supervisor_children(PyObject *op, PyObject *Py_UNUSED(args))
 {
     struct afk_sv_view view;
     PyObject *list = PyList_New(0);
-    lock(op);
-    for (size_t i = 0; list != NULL && afk_sv_view(of(op), i, &view); i++) {
+    for (size_t i = 0; list != NULL && look(op, i, &view); i++) {
         PyObject *row = Py_BuildValue("IszI", view.id, afk_sv_state_name(view.state),
                                       view.verdict < 0 ? NULL : afk_verdict_name(view.verdict),
                                       view.failures);
@@ -306,7 +350,6 @@ supervisor_children(PyObject *op, PyObject *Py_UNUSED(args))
             Py_CLEAR(list);
         Py_XDECREF(row);
     }
-    unlock(op);
     return list;
 }
 

@@ -142,7 +142,8 @@ def test_a_file() -> None:
     assert web.options == {
         "cwd": "/", "umask": 0o27, "stdout": "/dev/null", "stderr": subprocess.STDOUT,
         "rlimits": {
-            resource.RLIMIT_NOFILE: (64, 128), resource.RLIMIT_CORE: 0, resource.RLIMIT_CPU: -1,
+            resource.RLIMIT_NOFILE: (64, 128), resource.RLIMIT_CORE: 0,
+            resource.RLIMIT_CPU: resource.RLIM_INFINITY,
         },
     }  # fmt: skip
     assert (worker.target, worker.args, worker.kwargs) == (
