@@ -161,8 +161,14 @@ async def open_supervisor(spec: SupervisorSpec) -> AsyncGenerator[Supervisor]:
                     yield supervisor
             except BaseException as exc:
                 raised = exc
-            with anyio.CancelScope(shield=True):
-                await supervisor._end(None if raised is None else _CANCELLED_GRACE)
+            if raised is None:
+                try:
+                    await supervisor._end(None)
+                except BaseException as exc:
+                    raised = exc
+            if raised is not None:
+                with anyio.CancelScope(shield=True):
+                    await supervisor._end(_CANCELLED_GRACE)
     except BaseExceptionGroup as exc:  # of our own task: KeyboardInterrupt, or a bug
         raise _only_one(exc) from None
     finally:

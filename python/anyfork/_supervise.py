@@ -32,6 +32,7 @@ STRATEGIES: tuple[Strategy, ...] = ("one_for_one", "one_for_all", "rest_for_one"
 _FOREVER = 2**63 - 1
 _MOST_SECONDS = 1e9
 _MOST_CHILDREN = 10_000
+_MOST_READY_BYTES = 512
 
 
 class SpecError(ValueError):
@@ -258,12 +259,13 @@ class SupervisorSpec:
         ):
             raise SpecError(f"intensity: from 0 to 1000, not {self.intensity!r}")
         _seconds("period", self.period, 0.001)
-        if isinstance(self.preload, str) or not all(isinstance(m, str) for m in self.preload):
+        names = self.preload
+        if not isinstance(names, list | tuple) or not all(m and isinstance(m, str) for m in names):
             raise SpecError(f"preload: a list of modules is wanted, not {self.preload!r}")
         if not 1 <= len(self.children) <= _MOST_CHILDREN:
             raise SpecError(f"children: from 1 to {_MOST_CHILDREN}, not {len(self.children)}")
-        names = Counter(child.name for child in self.children)
-        twice = [name for name, n in names.items() if n > 1]
+        counts = Counter(child.name for child in self.children)
+        twice = [name for name, n in counts.items() if n > 1]
         if twice:
             raise SpecError(f"children: there are two of the name {twice[0]!r}")
 
@@ -808,12 +810,13 @@ class Runner:
 
     def _ready_news(self, member: _Member) -> None:
         try:
-            data = os.read(member.ready_fd, 512)
+            data = os.read(member.ready_fd, _MOST_READY_BYTES)
         except BlockingIOError:
             return
         if b"\n" in data:
             self._be_ready(member)
-        if b"\n" in data or not data:  # nobody has the other end any more
+        # None: nobody has the other end any more. So much: it says something else.
+        if b"\n" in data or not data or len(data) == _MOST_READY_BYTES:
             self._close_ready(member)
 
     def _be_ready(self, member: _Member) -> None:

@@ -373,6 +373,9 @@ def check(path: str, as_json: bool) -> int:
 
 def supervise(path: str, as_json: bool) -> int:
     """Run it until it has been stopped, has ended, or has given up."""
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.append(here)  # for what a template preloads; behind all that we import
     return _Supervisor(path, read_spec(path), as_json).run()
 
 

@@ -18,6 +18,9 @@
 #define PAGE_BYTES 4096
 #define SEALS (F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL)
 #define NS 1000000000
+#ifndef MFD_NOEXEC_SEAL /* older headers */
+#define MFD_NOEXEC_SEAL 0x0008U
+#endif
 
 struct page {
     uint32_t magic;
@@ -32,15 +35,33 @@ struct page {
 /* ---- the owner ------------------------------------------------------------------- */
 
 static int
+result(long r)
+{
+    return r < 0 ? -errno : (int)r;
+}
+
+/* What may be executed is refused where vm.memfd_noexec=2, see memfd_create(2). */
+static int
+new_file(void)
+{
+    const unsigned flags = MFD_CLOEXEC | MFD_ALLOW_SEALING;
+    int fd = AFK_SYS("memfd_create",
+                     result(memfd_create("anyfork-heartbeat", flags | MFD_NOEXEC_SEAL)));
+    if (fd == -EINVAL) /* before Linux 6.3 */
+        fd = AFK_SYS("memfd_create", result(memfd_create("anyfork-heartbeat", flags)));
+    return fd;
+}
+
+static int
 make_page(int fd, int64_t interval_ns)
 {
     const struct page first = {.magic = PAGE_MAGIC, .version = 1, .interval_ns = interval_ns};
-    if (AFK_SYS("ftruncate", ftruncate(fd, PAGE_BYTES)) < 0)
-        return -errno;
-    int r = afk_os_write_all(fd, &first, sizeof first);
-    if (r < 0)
-        return r;
-    return AFK_SYS("fcntl", fcntl(fd, F_ADD_SEALS, SEALS)) < 0 ? -errno : 0;
+    int r = AFK_SYS("ftruncate", result(ftruncate(fd, PAGE_BYTES)));
+    if (r == 0)
+        r = afk_os_write_all(fd, &first, sizeof first);
+    if (r == 0)
+        r = AFK_SYS("fcntl(F_ADD_SEALS)", result(fcntl(fd, F_ADD_SEALS, SEALS)));
+    return r;
 }
 
 static bool
@@ -49,22 +70,28 @@ is_interval(int64_t ns)
     return AFK_HEARTBEAT_MIN_NS <= ns && ns <= AFK_HEARTBEAT_MAX_NS;
 }
 
+/* NULL: errno says why. */
+static void *
+map(int fd, int protection)
+{
+    void *page = AFK_ALLOC("mmap", mmap(NULL, PAGE_BYTES, protection, MAP_SHARED, fd, 0));
+    if (page == NULL) /* a fault of ours */
+        errno = ENOMEM;
+    return page == MAP_FAILED ? NULL : page;
+}
+
 int
 afk_heartbeat_new(struct afk_heartbeat *heartbeat, int64_t interval_ns)
 {
     if (!is_interval(interval_ns))
         return -EINVAL;
-    int fd = AFK_SYS("memfd_create",
-                     memfd_create("anyfork-heartbeat", MFD_CLOEXEC | MFD_ALLOW_SEALING));
+    int fd = new_file();
     if (fd < 0)
-        return -errno;
+        return fd;
     int r = make_page(fd, interval_ns);
-    void *page = MAP_FAILED;
-    if (r == 0) {
-        page = mmap(NULL, PAGE_BYTES, PROT_READ, MAP_SHARED, fd, 0);
-        if (page == MAP_FAILED)
-            r = -errno;
-    }
+    void *page = r == 0 ? map(fd, PROT_READ) : NULL;
+    if (r == 0 && page == NULL)
+        r = -errno;
     if (r < 0) {
         (void)close(fd);
         return r;
@@ -205,8 +232,8 @@ map_page(int fd, struct page **ret_page)
         return -EBADF;
     if (fstat(fd, &found) < 0 || found.st_size != PAGE_BYTES)
         return -EBADF;
-    struct page *page = mmap(NULL, PAGE_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-    if (page == MAP_FAILED)
+    struct page *page = map(fd, PROT_READ | PROT_WRITE);
+    if (page == NULL)
         return -errno;
     if (page->magic != PAGE_MAGIC || page->version != 1 ||
         !is_interval(atomic_load(&page->interval_ns))) {

@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #include "core/channel.h"
+#include "core/heartbeat.h"
 
 #define POINTS_MAX 200
 
@@ -231,6 +232,50 @@ every_point(int errnum, bool for_good)
     every_point_of(whole_life_of_a_program, errnum, for_good);
 }
 
+static int
+heartbeat_of_ours(struct anyfork_error *error)
+{
+    struct afk_heartbeat heartbeat = {.fd = -1};
+    struct afk_reading reading = {.alive = 0};
+    int r = afk_heartbeat_new(&heartbeat, AFK_HEARTBEAT_MIN_NS);
+    if (r == 0) {
+        r = anyfork_heartbeat_begin(heartbeat.fd, 0, error);
+        for (int i = 0; r == 0 && reading.alive == 0; i++) {
+            assert_true(i < 60000);
+            (void)usleep(1000);
+            afk_heartbeat_read(&heartbeat, &reading);
+        }
+    }
+    else {
+        r = AFK_FAIL(error, ANYFORK_ESYSTEM, ANYFORK_STAGE_OPTION, -r, NULL);
+    }
+    afk_heartbeat_end();
+    afk_heartbeat_free(&heartbeat);
+    return r;
+}
+
+static void
+test_heartbeat(void **state)
+{
+    struct anyfork_error error;
+    unsigned failed = 0;
+    (void)state;
+    for (unsigned nth = 1; nth < POINTS_MAX; nth++) {
+        afk_fault_arm(nth, ENOSPC, false);
+        int r = heartbeat_of_ours(&error);
+        unsigned hits = afk_fault_hits();
+        afk_fault_arm(0, 0, false);
+        if (hits == 0) {
+            assert_int_equal(r, 0);
+            assert_true(failed >= 5); /* of its system calls each one */
+            return;
+        }
+        assert_int_equal(r, ANYFORK_ESYSTEM);
+        failed++;
+    }
+    fail_msg("still failing after %d points", POINTS_MAX);
+}
+
 static void
 test_once(void **state)
 {
@@ -253,7 +298,7 @@ int
 main(void)
 {
     const struct CMUnitTest tests[] = {CHECKED(test_once), CHECKED(test_for_good),
-                                       CHECKED(test_a_channel)};
+                                       CHECKED(test_a_channel), CHECKED(test_heartbeat)};
     int failed = cmocka_run_group_tests(tests, NULL, NULL);
     print_message("%u faults hit\n", total_hits);
     return failed != 0 || total_hits == 0;

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import select
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import supervise_targets
@@ -238,3 +241,44 @@ def check_reload(place: str) -> None:
         assert is_gone(pids["b"]) and is_gone(pids["c"])
         same({e.child for e in driven.told("stopped")}, {"b", "c"})
         driven.end()
+
+
+@places("main")
+def check_chaos(place: str) -> None:
+    """Deaths, signals, restarts and reloads at random: each child has one process or none, and
+    at the end there is none."""
+    chance = random.Random(time.time_ns())
+    specs = [
+        ChildSpec(name="a", argv=["sleep", "1000"], backoff=0),
+        ChildSpec(name="b", target=supervise_targets.ready_after, args=(0.01,), ready="report",
+                  backoff=0, grace=0.05),
+        ChildSpec(name="c", target=supervise_targets.wait, method="fork", backoff=0),
+        ChildSpec(name="d", argv=["sh", "-c", "exit 1"], restart="transient", backoff=0.01),
+        ChildSpec(name="e", target=supervise_targets.deaf, method="fork", ready="report",
+                  grace=0.02, backoff=0, heartbeat=HeartbeatSpec(interval=0.01, stopped=0.1)),
+    ]  # fmt: skip
+    strategy = chance.choice(["one_for_one", "one_for_all", "rest_for_one"])
+    with Driven(*specs, intensity=None, strategy=strategy) as driven:
+        for _ in range(80):
+            end = time.monotonic() + chance.random() * 0.02
+            driven.until(lambda: time.monotonic() > end)  # noqa: B023
+            running = [child for child in driven.runner.children() if child.pid]
+            what = chance.randrange(6)
+            if what < 3 and running:
+                sig = chance.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP])
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(chance.choice(running).pid or 0, sig)
+            elif what == 3:
+                driven.runner.restart(chance.choice(driven.runner.children()).name)
+            elif what == 4:
+                kept = [
+                    replace(spec, args=(0.02,)) if spec.name == "b" and chance.random() < 0.5
+                    else spec for spec in specs if chance.random() < 0.8
+                ]  # fmt: skip
+                new = SupervisorSpec(children=kept or specs, intensity=None, strategy=strategy)
+                driven.runner.reload(new)
+        driven.runner.stop(0.5)
+        driven.until(lambda: driven.runner.finished)
+        same([child for child in driven.runner.children() if child.pid], [])
+    pids = [event.pid for event in driven.told("started")]
+    assert all(is_gone(pid) for pid in pids if pid), pids

@@ -19,6 +19,8 @@ from typing import Any
 import pytest
 import supervise_targets
 from attack_helpers import parametrized, run_check
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import anyfork
 from anyfork import _supervise_command as command
@@ -182,6 +184,27 @@ def test_what_is_wrong_with_a_file_is_named(text: str, tmp_path: Path) -> None:
         command.read_spec(str(path))
     assert WRONG_FILES[text] in str(caught.value)
     assert str(caught.value).startswith(f"{path}: ")
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 70000) | st.floats() | st.text(max_size=5)
+    | st.sampled_from(["infinity", "permanent", "report", "SIGTERM", "a:b", "fork", "stdout"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner),
+    max_leaves=4,
+)  # fmt: skip
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.dictionaries(st.sampled_from((*command._CHILD, "other")), VALUES, max_size=3),
+    st.dictionaries(st.sampled_from(command._SUPERVISOR), VALUES, max_size=1),
+)
+def test_whatever_a_file_says_is_understood_or_named(
+    child: dict[str, Any], own: dict[str, Any]
+) -> None:
+    with contextlib.suppress(SpecError):
+        row = {"name": "a", "command": ["x"], **child}
+        Runner(command.spec_of({"child": [row], "supervisor": own}), lambda event: None).close()
 
 
 # ---- the command ----------------------------------------------------------------------------
@@ -681,6 +704,32 @@ def test_errors_and_cancellation_leave_nothing(
 
     run(main)
     assert not alive(pids)
+
+
+def test_the_end_of_a_block_is_cancelled(
+    run: Callable[..., Any],
+    open_supervisor: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One that may take for ever, by the spec."""
+    import anyio
+
+    monkeypatch.setattr("anyfork._aio_supervise._CANCELLED_GRACE", 0.05)
+    deaf = ChildSpec(
+        name="deaf", target=supervise_targets.deaf, method="fork", ready="report", grace="infinity"
+    )
+    pids: list[int] = []
+
+    async def main() -> None:
+        with anyio.CancelScope() as scope:
+            async with open_supervisor(wait_spec(deaf)) as supervisor:
+                await supervisor.wait_ready()
+                pids.extend(child.pid for child in supervisor.children())
+                scope.deadline = anyio.current_time() + 0.1
+        assert scope.cancelled_caught
+
+    run(main)
+    assert len(pids) == 3 and not alive(pids)
 
 
 def test_a_cancelled_task_of_asyncio(open_supervisor: Callable[..., Any]) -> None:
