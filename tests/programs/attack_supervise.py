@@ -58,16 +58,15 @@ class Driven:
         self.until(lambda: self.runner.finished)
 
 
-def processes(place: str) -> list[str]:
-    """The methods that make one. From a sub-interpreter targets of main's memory are found
-    there by name, which they are in a fresh interpreter too."""
+def processes() -> list[str]:
+    """The methods that make one."""
     rows = [row for row in anyfork.methods() if row.available and row.has_process]
     return [row.name for row in rows]
 
 
 def check_each_method(place: str) -> None:
     """Ready, restarted when it dies, stopped; and all that is told of it."""
-    names = processes(place)
+    names = processes()
     children = [
         ChildSpec(
             name=method, target=supervise_targets.ready_after, args=(0,), method=method,
@@ -90,8 +89,9 @@ def check_each_method(place: str) -> None:
         same(driven.runner.counters()[names[0]]["started"], 2)
 
 
+@places("main")
 def check_targets_by_name(place: str) -> None:
-    methods = [name for name in processes(place) if name in IN_MAIN_OF_ANOTHER]
+    methods = [name for name in processes() if name in IN_MAIN_OF_ANOTHER]
     children = [
         ChildSpec(name=method, target="supervise_targets:fail", args=("oops",), method=method,
                   restart="temporary")
@@ -125,15 +125,16 @@ def check_a_start_that_fails_counts(place: str) -> None:
 @beside_nothing
 def check_heartbeats(place: str) -> None:
     """A loop in Python, a C function that holds the GIL and SIGSTOP: three verdicts."""
-    beats = HeartbeatSpec(interval=0.02, stopped=0.3, in_c=0.3)
+    beats = HeartbeatSpec(interval=0.02, in_c=30)
     quiet = HeartbeatSpec(interval=0.02, stopped=None)
     children = [
         ChildSpec(name="loop", target=supervise_targets.loop, heartbeat=beats),
         ChildSpec(name="wait", target=supervise_targets.wait, heartbeat=beats),
-        ChildSpec(name="in_c", target=supervise_targets.in_c, heartbeat=beats),
-        ChildSpec(name="stopped", target=supervise_targets.loop, heartbeat=beats),
+        ChildSpec(name="in_c", target=supervise_targets.in_c, heartbeat=replace(quiet, in_c=0.3)),
+        ChildSpec(name="stopped", target=supervise_targets.loop,
+                  heartbeat=replace(quiet, stopped=0.3)),
         ChildSpec(name="tolerated", target=supervise_targets.loop, heartbeat=quiet),
-    ]
+    ]  # fmt: skip
     with Driven(*children, intensity=100) as driven:
         driven.until(lambda: driven.told("all_ready"))
         # Not before it has begun: what does not beat yet is "stopped" too.

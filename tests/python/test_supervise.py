@@ -194,7 +194,7 @@ VALUES = st.recursive(
 )  # fmt: skip
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     st.dictionaries(st.sampled_from((*command._CHILD, "other")), VALUES, max_size=3),
     st.dictionaries(st.sampled_from(command._SUPERVISOR), VALUES, max_size=1),
@@ -514,7 +514,8 @@ def test_programs_take_part(tmp_path: Path, in_python: bool) -> None:
     with Supervised(spec) as supervised:
         supervised.until("ready")
         if in_python:
-            os.kill(supervised.pid("a"), signal.SIGSTOP)
+            with contextlib.suppress(ProcessLookupError):  # a slow machine is late itself
+                os.kill(supervised.pid("a"), signal.SIGSTOP)
         assert supervised.until("late")["verdict"] == "stopped"  # sleep(1) has no heartbeat
         supervised.until("finished")
 
