@@ -292,8 +292,8 @@ _SUPERVISE_END = """\
 Signals:     SIGHUP    read SPEC again: what has changed is started again, what
                        is new started, what is gone stopped; an invalid file
                        changes nothing
-             SIGTERM   stop all, the last one first; so does SIGINT (Ctrl-C); the
-                       second time it kills them
+             SIGTERM   stop all, the last one first; so does SIGINT (Ctrl-C), or
+                       closing the terminal; the second time it kills them
              SIGUSR1   print what is running
 Exit status: 0 once all were stopped as asked, or have ended for good; 1 if SPEC is
              not valid, or restarts were too many; 2 on wrong usage.

@@ -451,10 +451,11 @@ class Start:
         # In a group of its own, so that Ctrl-C on a terminal reaches the supervisor alone.
         has_group = spec.options.keys() & {"start_new_session", "process_group"}
         sigint = "own" if has_group else "group"
-        options: dict[str, Any] = {"name": spec.name, "sigint": sigint, **spec.options}
+        options: dict[str, Any] = {"sigint": sigint, **spec.options}
         beats = -1 if self.heartbeat is None else self.heartbeat.fileno()
         if spec.argv is not None:
             return self._run_program(options, beats)
+        options.setdefault("name", spec.name)  # of a program it would be argv[0]
         passed = [fd for fd in (self._their_ready_fd, beats) if fd >= 0]
         options["pass_fds"] = [*options.get("pass_fds", ()), *passed]
         if spec.env:

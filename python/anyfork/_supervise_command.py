@@ -242,6 +242,8 @@ class _Supervisor:
         self._runner = Runner(self._as_here(spec), self._told.event, load_exceptions=False)
         self._stops = 0
         self._children_ended = True
+        # Its end is a SIGHUP too. Under nohup(1) it is nothing.
+        self._terminal = signal.getsignal(signal.SIGHUP) != signal.SIG_IGN and _has_terminal()
         self._ours, self._theirs = socket.socketpair(type=socket.SOCK_DGRAM)
         for end in (self._ours, self._theirs):
             end.setblocking(False)
@@ -298,6 +300,8 @@ class _Supervisor:
         for sig in data:
             if sig in (signal.SIGTERM, signal.SIGINT):
                 self._stop()
+            elif sig == signal.SIGHUP and self._terminal and not _has_terminal():
+                self._stop()
             elif sig == signal.SIGHUP:
                 self._reload()
             elif sig == signal.SIGUSR1:
@@ -343,6 +347,15 @@ class _Supervisor:
                 return  # once more when that has been reaped
             with contextlib.suppress(ChildProcessError):
                 os.waitid(os.P_PID, found.si_pid, os.WEXITED | os.WNOHANG)
+
+
+def _has_terminal() -> bool:
+    """Whether this session has a controlling one."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
 
 
 def _wait(fd: int, timeout: float | None) -> None:

@@ -496,6 +496,34 @@ def test_as_the_first_process_of_a_container(tmp_path: Path) -> None:
     assert not [line for line in (tmp_path / "ps").read_text().splitlines() if " Z" in line]
 
 
+def test_on_a_terminal(tmp_path: Path) -> None:
+    """Ctrl-C is for the supervisor alone; and a terminal that is closed ends it all."""
+    deaf = "trap '' INT TERM; echo >&5; while :; do sleep 0.05; done"
+    spec = write(
+        tmp_path,
+        child("sh", "sh", "-c", f"echo $$ >pid; {deaf}", ready=5, cwd=str(tmp_path), grace=0.05),
+    )
+    words = [sys.executable, "-m", "anyfork", "supervise", str(spec)]
+    for how in ("ctrl-c", "closed"):
+        pid, terminal = anyfork.forkpty()
+        if pid == 0:
+            os.execv(sys.executable, words)
+        try:
+            text = b""
+            while b"all are ready" not in text:
+                text += os.read(terminal, 4096)
+            running = int((tmp_path / "pid").read_text())
+            if how == "ctrl-c":
+                os.write(terminal, b"\x03")
+                while b"all have ended" not in text:
+                    text += os.read(terminal, 4096)
+                assert b"sh: is being stopped (SIGTERM)" in text
+        finally:
+            os.close(terminal)
+        assert gone(running)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
 @pytest.mark.parametrize("in_python", [True, False])
 def test_programs_take_part(tmp_path: Path, in_python: bool) -> None:
     """In readiness by the environment, and in a heartbeat."""
