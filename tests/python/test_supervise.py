@@ -518,6 +518,7 @@ def test_on_a_terminal(tmp_path: Path) -> None:
                 while b"all have ended" not in text:
                     text += os.read(terminal, 4096)
                 assert b"sh: is being stopped (SIGTERM)" in text
+                assert gone(pid)  # before its terminal is
         finally:
             os.close(terminal)
         assert gone(running)
@@ -593,7 +594,7 @@ def run(request: pytest.FixtureRequest) -> Callable[..., Any]:
 @pytest.fixture
 def open_supervisor() -> Callable[..., Any]:
     pytest.importorskip("anyio")
-    from anyfork._aio_supervise import open_supervisor
+    from anyfork.anyio import open_supervisor
 
     return open_supervisor
 
