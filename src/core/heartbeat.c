@@ -4,23 +4,15 @@
 #include "anyfork/anyfork.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <limits.h>
 #include <stdatomic.h>
 #include <stdlib.h>
-#include <string.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
 #define PAGE_MAGIC 0x42464b41u /* "AKFB" */
 #define PAGE_BYTES 4096
-#define SEALS (F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL)
 #define NS 1000000000
-#ifndef MFD_NOEXEC_SEAL /* older headers */
-#define MFD_NOEXEC_SEAL 0x0008U
-#endif
 
 struct page {
     uint32_t magic;
@@ -34,66 +26,27 @@ struct page {
 
 /* ---- the owner ------------------------------------------------------------------- */
 
-static int
-result(long r)
-{
-    return r < 0 ? -errno : (int)r;
-}
-
-/* What may be executed is refused where vm.memfd_noexec=2, see memfd_create(2). */
-static int
-new_file(void)
-{
-    const unsigned flags = MFD_CLOEXEC | MFD_ALLOW_SEALING;
-    int fd = AFK_SYS("memfd_create",
-                     result(memfd_create("anyfork-heartbeat", flags | MFD_NOEXEC_SEAL)));
-    if (fd == -EINVAL) /* before Linux 6.3 */
-        fd = AFK_SYS("memfd_create", result(memfd_create("anyfork-heartbeat", flags)));
-    return fd;
-}
-
-static int
-make_page(int fd, int64_t interval_ns)
-{
-    const struct page first = {.magic = PAGE_MAGIC, .version = 1, .interval_ns = interval_ns};
-    int r = AFK_SYS("ftruncate", result(ftruncate(fd, PAGE_BYTES)));
-    if (r == 0)
-        r = afk_os_write_all(fd, &first, sizeof first);
-    if (r == 0)
-        r = AFK_SYS("fcntl(F_ADD_SEALS)", result(fcntl(fd, F_ADD_SEALS, SEALS)));
-    return r;
-}
-
 static bool
 is_interval(int64_t ns)
 {
     return AFK_HEARTBEAT_MIN_NS <= ns && ns <= AFK_HEARTBEAT_MAX_NS;
 }
 
-/* NULL: errno says why. */
-static void *
-map(int fd, int protection)
-{
-    void *page = AFK_ALLOC("mmap", mmap(NULL, PAGE_BYTES, protection, MAP_SHARED, fd, 0));
-    if (page == NULL) /* a fault of ours */
-        errno = ENOMEM;
-    return page == MAP_FAILED ? NULL : page;
-}
-
 int
 afk_heartbeat_new(struct afk_heartbeat *heartbeat, int64_t interval_ns)
 {
+    const struct page first = {.magic = PAGE_MAGIC, .version = 1, .interval_ns = interval_ns};
+    void *page = NULL;
     if (!is_interval(interval_ns))
         return -EINVAL;
-    int fd = new_file();
+    int fd = afk_os_memfd("anyfork-heartbeat", PAGE_BYTES);
     if (fd < 0)
         return fd;
-    int r = make_page(fd, interval_ns);
-    void *page = r == 0 ? map(fd, PROT_READ) : NULL;
-    if (r == 0 && page == NULL)
-        r = -errno;
+    int r = afk_os_pwrite_all(fd, &first, sizeof first, 0);
+    if (r == 0)
+        r = afk_os_map(fd, PAGE_BYTES, 0, &page);
     if (r < 0) {
-        (void)close(fd);
+        afk_os_close(fd);
         return r;
     }
     heartbeat->fd = fd;
@@ -117,10 +70,10 @@ void
 afk_heartbeat_free(struct afk_heartbeat *heartbeat)
 {
     if (heartbeat->page != NULL)
-        (void)munmap((void *)heartbeat->page, PAGE_BYTES);
+        afk_os_unmap((void *)heartbeat->page, PAGE_BYTES);
     heartbeat->page = NULL;
     if (heartbeat->fd >= 0)
-        (void)close(heartbeat->fd);
+        afk_os_close(heartbeat->fd);
     heartbeat->fd = -1;
 }
 
@@ -153,6 +106,7 @@ static struct {
     pthread_mutex_t lock;
     pthread_cond_t stop_asked;
     _Atomic(struct page *) page; /* NULL: there is no heartbeat */
+    pid_t pid;
     pthread_t thread;
     clockid_t clock; /* of the thread whose time is told */
     bool (*ask)(void);
@@ -160,14 +114,13 @@ static struct {
     bool stop;
 } self = {.lock = PTHREAD_MUTEX_INITIALIZER};
 
-/* A forked child has no such thread, and what was asked is not for it to answer. */
+/* A forked child has neither that thread nor the page, and what was asked is not for it to
+ * answer. */
 static void
 forget_in_child(void)
 {
     const pthread_mutex_t fresh = PTHREAD_MUTEX_INITIALIZER;
-    struct page *page = atomic_exchange(&self.page, NULL);
-    if (page != NULL)
-        (void)munmap(page, PAGE_BYTES);
+    atomic_store(&self.page, NULL);
     self.lock = fresh;
     self.stop = false;
 }
@@ -226,18 +179,16 @@ beat_until_stopped(void *arg)
 static int
 map_page(int fd, struct page **ret_page)
 {
-    struct stat found;
-    int seals = fcntl(fd, F_GET_SEALS);
-    if (seals < 0 || (seals & SEALS) != SEALS)
+    void *base = NULL;
+    if (afk_os_memfd_check(fd, PAGE_BYTES) < 0)
         return -EBADF;
-    if (fstat(fd, &found) < 0 || found.st_size != PAGE_BYTES)
-        return -EBADF;
-    struct page *page = map(fd, PROT_READ | PROT_WRITE);
-    if (page == NULL)
-        return -errno;
+    int r = afk_os_map(fd, PAGE_BYTES, PAGE_BYTES, &base);
+    if (r < 0)
+        return r;
+    struct page *page = base;
     if (page->magic != PAGE_MAGIC || page->version != 1 ||
         !is_interval(atomic_load(&page->interval_ns))) {
-        (void)munmap(page, PAGE_BYTES);
+        afk_os_unmap(page, PAGE_BYTES);
         return -EBADF;
     }
     *ret_page = page;
@@ -272,17 +223,18 @@ afk_heartbeat_begin(int fd, int64_t interval_ns, bool (*ask)(void))
     if (r < 0)
         return r;
     if (!atomic_compare_exchange_strong(&self.page, &none, page)) {
-        (void)munmap(page, PAGE_BYTES);
+        afk_os_unmap(page, PAGE_BYTES);
         return -EALREADY;
     }
     self.ask = ask;
+    self.pid = getpid();
     if (interval_ns != 0)
         atomic_store(&page->interval_ns, interval_ns);
     atomic_store(&page->is_asked, ask != NULL);
     r = start_thread(page);
     if (r < 0) {
         atomic_store(&self.page, NULL);
-        (void)munmap(page, PAGE_BYTES);
+        afk_os_unmap(page, PAGE_BYTES);
     }
     return r;
 }
@@ -291,7 +243,7 @@ void
 afk_heartbeat_answer(void)
 {
     struct page *page = atomic_load(&self.page);
-    if (page == NULL)
+    if (page == NULL || getpid() != self.pid) /* no handler runs in a child of clone(2) */
         return;
     atomic_fetch_add(&page->progressing, 1);
     atomic_store(&self.unanswered, false);
