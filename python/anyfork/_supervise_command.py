@@ -298,9 +298,8 @@ class _Supervisor:
             while True:
                 data += self._ours.recv(4096)
         for sig in data:
-            if sig in (signal.SIGTERM, signal.SIGINT):
-                self._stop()
-            elif sig == signal.SIGHUP and self._terminal and not _has_terminal():
+            closed = sig == signal.SIGHUP and self._terminal and not _has_terminal()
+            if closed or sig in (signal.SIGTERM, signal.SIGINT):
                 self._stop()
             elif sig == signal.SIGHUP:
                 self._reload()
