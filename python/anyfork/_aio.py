@@ -118,7 +118,7 @@ class _Turns:
     """So many at once; who comes first is served first."""
 
     def __init__(self, free: int) -> None:
-        self._free = free
+        self._all = self._free = free
         self._waiting: deque[anyio.Event] = deque()
 
     async def acquire(self) -> None:
@@ -143,6 +143,15 @@ class _Turns:
         else:
             self._free += 1
 
+    def all_free(self) -> bool:
+        return self._free == self._all
+
+    async def acquire_all(self, seconds: float) -> None:
+        """Wait until nobody has a turn, for so long at most; and nobody gets one any more."""
+        with anyio.move_on_after(seconds, shield=True):
+            for _ in range(self._all):
+                await self.acquire()
+
 
 def _extras(context: Iterable[ContextVar[Any]]) -> dict[str, Any] | None:
     return {"context": context_of(context)} if context else None
@@ -154,8 +163,31 @@ async def _warm(method: str | None, options: Any) -> None:
         _request.check_options(_request.DEFAULT, options)  # before anything is made
         template = options.get("template") or _template.default()
         if isinstance(template, _template.Template) and not template.is_made():
-            await anyio.to_thread.run_sync(template.warm, abandon_on_cancel=True)
+            await _in_thread(template.warm)
     await checkpoint()
+
+
+async def _in_thread(function: Callable[[], object]) -> None:
+    """Call it in a thread. Not one of the loop's, which a program that is interrupted while it
+    ends would wait for, and for ever."""
+    r, w = os.pipe()
+    failure: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            function()
+        except BaseException as exc:
+            failure.append(exc)
+        finally:
+            os.close(w)
+
+    try:
+        threading.Thread(target=call, daemon=_thread.daemon_threads_allowed()).start()
+        await anyio.wait_readable(r)
+    finally:
+        os.close(r)
+    if failure:
+        raise failure[0]
 
 
 class Stream:
@@ -538,13 +570,19 @@ class Pool:
         await link.close()
 
     async def _close(self) -> None:
+        """Calls of other tasks that still run are cut off."""
         self._closed = True
+        idle = [link for link, _since in self._idle]
         self._idle.clear()
-        for link in self._links:  # so that they end together
+        for link in self._links.difference(idle):
+            link.kill()
+        for link in idle:  # so that they end together
             link.channel.close()
         try:
-            for link in list(self._links):
+            for link in idle:
                 await self._end(link)
+            # Those that are cut off see to their workers themselves.
+            await self._turns.acquire_all(_CUT_OFF)
         finally:
             for link in self._links:
                 link.child.close()
@@ -869,17 +907,21 @@ async def open_pool(
     }
     io = _io(_loop)
     failure: BaseException | None = None
-    async with anyio.create_task_group() as group:
-        pool = Pool(io, group, low, high, spec)
-        try:
-            await pool._open()
-            yield pool
-        except BaseException as exc:
-            failure = exc
-            if isinstance(exc, anyio.get_cancelled_exc_class()):
-                raise
-        finally:
-            group.cancel_scope.cancel()
+    pool: Pool | None = None
+    try:
+        async with anyio.create_task_group() as group:
+            pool = Pool(io, group, low, high, spec)
+            try:
+                await pool._open()
+                yield pool
+            except BaseException as exc:
+                failure = exc
+                if isinstance(exc, anyio.get_cancelled_exc_class()):
+                    raise
+            finally:
+                group.cancel_scope.cancel()
+    finally:
+        if pool is not None:
             await pool._close()
     if failure is not None:
         # As it is: the group would wrap it.

@@ -198,6 +198,8 @@ class Link:
         self.killed = True
         if self.child.pid is not None:
             self.child.kill()
+        elif not self.channel.closed:
+            self.channel.shutdown()
 
     async def lost(self, call: Call) -> None:
         """It says nothing more, and this call was not answered."""

@@ -26,6 +26,8 @@ __all__ = ["Pool", "Stream", "Worker", "open_pool", "open_worker"]
 GRACE = 0.5
 """Seconds that a cancelled call, or a worker that is to end, has to do so by itself."""
 
+_CUT_OFF = 1.0  # seconds that a thread has to notice that its worker was killed
+
 # Waiting for an answer without giving up the GIL saves its way back, which takes 5 ms for
 # each thread that wants it; and keeps the other threads from running. So only where an answer
 # is about to come, and from another CPU.
@@ -238,6 +240,18 @@ class Worker:
             finally:
                 stream._close()
 
+    def _close(self) -> None:
+        """A call of another thread that still runs is cut off."""
+        mine = self._turn.acquire(blocking=False)
+        if not mine:
+            self._link.kill()
+            mine = self._turn.acquire(timeout=_CUT_OFF)
+        try:
+            _drive(self._link.close())
+        finally:
+            if mine:
+                self._turn.release()
+
 
 @contextlib.contextmanager
 def open_worker(
@@ -278,10 +292,11 @@ def open_worker(
         options=options,
     )
     _drive(link.ready(start_timeout))
+    worker = Worker(io, link)
     try:
-        yield Worker(io, link)
+        yield worker
     finally:
-        _drive(link.close())
+        worker._close()
 
 
 # ---- pools ------------------------------------------------------------------------
