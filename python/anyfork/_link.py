@@ -368,15 +368,16 @@ class Link:
     ) -> None:
         """Send it and wait until all is answered; whatever goes wrong, it is over then."""
         try:
+            call.started = True  # before it is: an interrupt may come right behind that
             if not self.channel.send(*message):
-                await self.send(message, deadline)
-            call.started = True
+                await self.send(call, message, deadline)
             while not call.done:
                 await self._wait(deadline)
                 self.advance()
                 if self.over and not call.done:
                     call.lost(await self._death())
         except ConnectionError:
+            call.started = False
             self._over()
             call.lost(await self._death())
         except BaseException:
@@ -395,14 +396,23 @@ class Link:
             call.lost(CallCancelled())
             raise
 
-    async def send(self, message: _session.Message, deadline: float | None = None) -> None:
+    async def send(
+        self, call: Call, message: _session.Message, deadline: float | None = None
+    ) -> None:
         """Send it when there is room; the worker may have to be heard first."""
-        while not self.channel.send(*message):
-            with self.writable():
-                await self._wait(deadline)
-            self.advance()
-            if self.over:
-                raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+        try:
+            call.started = True  # before it is: an interrupt may come right behind that
+            while not self.channel.send(*message):
+                call.started = False
+                with self.writable():
+                    await self._wait(deadline)
+                self.advance()
+                if self.over:
+                    raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+                call.started = True
+        except ConnectionError:
+            call.started = False
+            raise
 
     @contextlib.contextmanager
     def writable(self) -> Iterator[None]:
@@ -465,8 +475,7 @@ class Link:
         call, message = self.session.begin(CALL_WITH, (fn, args, extras))
         call.stream = _session.Stream(_WINDOW)
         try:
-            await self.send(message)
-            call.started = True
+            await self.send(call, message)
         except ConnectionError:
             self._over()
             call.lost(await self._death())

@@ -616,8 +616,7 @@ class _Mapping:
         self._running[link.fileno()] = running
         self._epoll.register(link.fileno(), select.EPOLLIN)
         try:
-            _drive(link.send(message))
-            call.started = True
+            _drive(link.send(call, message))
         except ConnectionError:
             _drive(link.lost(call))
             self._ended(running)
