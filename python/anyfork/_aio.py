@@ -6,15 +6,17 @@ is the loop's own; scopes, task groups and events are anyio's.
 
 from __future__ import annotations
 
+import _thread
 import contextlib
+import os
 import sys
+import threading
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import anyio
-import anyio.to_thread
 from anyio.lowlevel import checkpoint
 
 from . import _request, _session, _template
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
 GRACE = 0.5
 """Seconds that a cancelled call, or a worker that is to end, has to do so by itself."""
+
+_CUT_OFF = 1.0  # seconds that a task has to notice that its worker was killed
 
 
 class _Trio:
@@ -401,6 +405,13 @@ class Worker:
         if self._link.over:
             raise self._link.death()
 
+    async def _close(self) -> None:
+        """A call of another task that still runs is cut off."""
+        if not self._turns.all_free():
+            self._link.kill()
+            await self._turns.acquire_all(_CUT_OFF)
+        await self._link.close()
+
 
 @contextlib.asynccontextmanager
 async def open_worker(
@@ -447,10 +458,11 @@ async def open_worker(
         options=options,
     )
     await link.ready(start_timeout)
+    worker = Worker(io, link)
     try:
-        yield Worker(io, link)
+        yield worker
     finally:
-        await link.close()
+        await worker._close()
 
 
 # ---- pools ------------------------------------------------------------------------
