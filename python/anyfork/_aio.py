@@ -22,7 +22,7 @@ from anyio.lowlevel import checkpoint
 from . import _request, _session, _template
 from ._errors import SpawnError, WorkerDied
 from ._heartbeat import Verdict
-from ._link import Chunks, Link, context_of, pool_sizes
+from ._link import FORKED, Chunks, Link, context_of, pool_sizes
 from ._options import Options
 
 if TYPE_CHECKING:
@@ -214,6 +214,7 @@ class Stream:
 
     async def _wait(self) -> None:
         """Until something has come, for whichever task it is."""
+        self._link.check_ours()
         if self._reading:
             await self._news.wait()
             return
@@ -402,11 +403,14 @@ class Worker:
             self._turns.release()
 
     def _check(self) -> None:
+        self._link.check_ours()
         if self._link.over:
             raise self._link.death()
 
     async def _close(self) -> None:
         """A call of another task that still runs is cut off."""
+        if self._link.child._foreign:
+            return
         if not self._turns.all_free():
             self._link.kill()
             await self._turns.acquire_all(_CUT_OFF)
@@ -481,6 +485,7 @@ class Pool:
         self._idle_time: float = spec.pop("idle")
         self._start_timeout: float | None = spec.pop("start_timeout")
         self._spec = spec
+        self._owner = os.getpid()
         self._turns = _Turns(high)
         self._idle: list[tuple[Link, float]] = []  # and since when
         self._links: set[Link] = set()
@@ -523,6 +528,8 @@ class Pool:
 
     async def _take(self) -> Link:
         """A worker that is ready, for one call; to be given back."""
+        if os.getpid() != self._owner:
+            raise ValueError(FORKED)
         await self._turns.acquire()
         try:
             if self._closed:
@@ -583,6 +590,8 @@ class Pool:
 
     async def _close(self) -> None:
         """Calls of other tasks that still run are cut off."""
+        if os.getpid() != self._owner:
+            return
         self._closed = True
         idle = [link for link, _since in self._idle]
         self._idle.clear()

@@ -29,6 +29,12 @@ _WINDOW = 16  # items of a stream on their way, in each direction
 _ORDERLY = 5.0  # seconds that a worker which has closed its channel has to end
 
 
+FORKED = (
+    "these workers are of the process that this one was forked from, which alone may call them: "
+    "open others here"
+)
+
+
 class Io(Protocol):
     """A way of waiting."""
 
@@ -172,7 +178,7 @@ class Link:
         """Let it end: asked first, then killed, and reaped. Nothing of it is left."""
         self.channel.close()
         self.over = True
-        if self.child._closed:
+        if self.child._closed or self.child._foreign:
             return
         await self._await_end(self.grace if grace is None else grace)
         self._pump()
@@ -196,6 +202,8 @@ class Link:
     def kill(self) -> None:
         """At once. Of a thread of this process, only its channel ends."""
         self.killed = True
+        if self.child._foreign:
+            return
         if self.child.pid is not None:
             self.child.kill()
         elif not self.channel.closed:
@@ -307,6 +315,11 @@ class Link:
         except (OSError, IndexError):
             return 0
 
+    def check_ours(self) -> None:
+        """ValueError in a forked child of the worker's owner."""
+        if self.child._foreign:
+            raise ValueError(FORKED)
+
     @property
     def began(self) -> bool:
         """Whether it may have begun its last call."""
@@ -386,7 +399,10 @@ class Link:
 
     async def leave(self, call: Call) -> None:
         """:meth:`abandon` in the middle of something else. If that is disturbed too, the worker
-        is killed at once."""
+        is killed at once. A forked child leaves the worker to its parent."""
+        if self.child._foreign:
+            call.lost(CallCancelled())
+            return
         try:
             with self._io.shield():
                 await self.abandon(call)

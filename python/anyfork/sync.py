@@ -6,6 +6,7 @@ The same as :mod:`anyfork.anyio`, without ``async`` and ``await``.
 from __future__ import annotations
 
 import contextlib
+import os
 import select
 import sysconfig
 import threading
@@ -18,7 +19,7 @@ from typing import Any, Unpack
 from . import _session
 from ._errors import SpawnError, WorkerDied
 from ._heartbeat import Verdict
-from ._link import Chunks, Link, context_of, cpus, pool_sizes
+from ._link import FORKED, Chunks, Link, context_of, cpus, pool_sizes
 from ._options import Options
 
 __all__ = ["Pool", "Stream", "Worker", "open_pool", "open_worker"]
@@ -91,6 +92,7 @@ class Stream:
         self._value: Any = None
 
     def _wait(self) -> None:
+        self._link.check_ours()
         _drive(self._io.wait(self._link, None))
         self._link.advance()
         if self._link.over and not self._call.done:
@@ -211,6 +213,7 @@ class Worker:
         As :meth:`anyfork.anyio.Worker.run`. An exception in the caller meanwhile, Ctrl-C say,
         cancels the call.
         """
+        self._link.check_ours()  # before it waits for threads that are not here
         with self._turn:
             if self._link.over:
                 raise self._link.death()
@@ -227,6 +230,7 @@ class Worker:
     ) -> Iterator[Stream]:
         """Call ``fn(stream, *args)`` in the worker, and talk with it meanwhile: as
         :meth:`anyfork.anyio.Worker.open_stream`."""
+        self._link.check_ours()  # before it waits for threads that are not here
         with self._turn:
             if self._link.over:
                 raise self._link.death()
@@ -242,6 +246,8 @@ class Worker:
 
     def _close(self) -> None:
         """A call of another thread that still runs is cut off."""
+        if self._link.child._foreign:
+            return
         mine = self._turn.acquire(blocking=False)
         if not mine:
             self._link.kill()
@@ -315,6 +321,7 @@ class Pool:
         self._idle_time: float = spec.pop("idle")
         self._start_timeout: float | None = spec.pop("start_timeout")
         self._spec = spec
+        self._owner = os.getpid()
         self._changed = threading.Condition()
         self._free = high
         self._idle: list[tuple[Link, float]] = []  # and since when
@@ -348,6 +355,8 @@ class Pool:
 
     def _take(self, wait: bool = True) -> Link | None:
         """A worker that is ready, for one call; to be given back. None: there is none now."""
+        if os.getpid() != self._owner:
+            raise ValueError(FORKED)
         with self._changed:
             while not self._free and not self._closed:
                 if not wait:
@@ -387,6 +396,8 @@ class Pool:
             self._changed.notify()
 
     def _give(self, link: Link) -> None:
+        if os.getpid() != self._owner:
+            return
         try:
             if link.over or link.killed:
                 self._bury(link)
@@ -436,6 +447,8 @@ class Pool:
 
     def _close(self) -> None:
         """Calls of other threads that still run are cut off."""
+        if os.getpid() != self._owner:
+            return
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -653,6 +666,8 @@ class _Mapping:
         self._pool._give(link)
 
     def _stop(self) -> None:
+        if os.getpid() != self._pool._owner:
+            return
         for running in list(self._running.values()):
             try:
                 _drive(running.link.leave(running.call))
