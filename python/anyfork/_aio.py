@@ -22,7 +22,7 @@ from anyio.lowlevel import checkpoint
 from . import _request, _session, _template
 from ._errors import SpawnError, WorkerDied
 from ._heartbeat import Verdict
-from ._link import FORKED, Chunks, Link, context_of, pool_sizes
+from ._link import FORKED, STARTS, Chunks, Link, context_of, pool_sizes
 from ._options import Options
 
 if TYPE_CHECKING:
@@ -538,12 +538,24 @@ class Pool:
                 link, _since = self._idle.pop()
                 if await self._is_good(link):
                     return link
-            link = self._start()
-            await self._await_ready(link)
-            return link
+            return await self._start_ready()
         except BaseException:
             self._turns.release()
             raise
+
+    async def _start_ready(self) -> Link:
+        """A new one. That somebody has killed it meanwhile is no call's failure."""
+        for attempt in range(1, STARTS + 1):
+            link = self._start()
+            try:
+                await self._await_ready(link)
+            except (SpawnError, WorkerDied):
+                self._counts["died"] += 1
+                if attempt == STARTS or not link.was_killed:
+                    raise
+            else:
+                return link
+        raise AssertionError
 
     async def _is_good(self, link: Link) -> bool:
         """Whether one that had nothing to do is fit for a call."""

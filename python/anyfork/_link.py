@@ -35,6 +35,9 @@ FORKED = (
 )
 
 
+STARTS = 3  # of a worker for a call, where somebody kills it before it is ready
+
+
 class Io(Protocol):
     """A way of waiting."""
 
@@ -302,6 +305,11 @@ class Link:
                 return
             self._tail = (self._tail + data)[-_TAIL:]
             _write_all(2, data)
+
+    @property
+    def was_killed(self) -> bool:
+        """By somebody else, or by what it has done."""
+        return not self.killed and (self.child.returncode or 0) < 0
 
     def tail(self) -> str:
         """The end of its standard error."""

@@ -19,7 +19,7 @@ from typing import Any, Unpack
 from . import _session
 from ._errors import SpawnError, WorkerDied
 from ._heartbeat import Verdict
-from ._link import FORKED, Chunks, Link, context_of, cpus, pool_sizes
+from ._link import FORKED, STARTS, Chunks, Link, context_of, cpus, pool_sizes
 from ._options import Options
 
 __all__ = ["Pool", "Stream", "Worker", "open_pool", "open_worker"]
@@ -372,12 +372,24 @@ class Pool:
                     return link
                 with self._changed:
                     link = self._idle.pop()[0] if self._idle else None
-            link = self._start()
-            self._await_ready(link)
-            return link
+            return self._start_ready()
         except BaseException:
             self._release()
             raise
+
+    def _start_ready(self) -> Link:
+        """A new one. That somebody has killed it meanwhile is no call's failure."""
+        for attempt in range(1, STARTS + 1):
+            link = self._start()
+            try:
+                self._await_ready(link)
+            except (SpawnError, WorkerDied):
+                self._count("died")
+                if attempt == STARTS or not link.was_killed:
+                    raise
+            else:
+                return link
+        raise AssertionError
 
     def _is_good(self, link: Link) -> bool:
         """Whether one that had nothing to do is fit for a call."""
@@ -385,10 +397,14 @@ class Pool:
             try:
                 self._await_ready(link)
             except (SpawnError, WorkerDied):
-                self._counts["died"] += 1
+                self._count("died")
         elif link.over:
             self._bury(link)
         return not link.over
+
+    def _count(self, what: str) -> None:
+        with self._changed:
+            self._counts[what] += 1
 
     def _release(self) -> None:
         with self._changed:
@@ -402,7 +418,7 @@ class Pool:
             if link.over or link.killed:
                 self._bury(link)
             elif self._is_worn(link):
-                self._counts["recycled"] += 1
+                self._count("recycled")
                 self._end(link)
             else:
                 with self._changed:
@@ -435,7 +451,7 @@ class Pool:
 
     def _bury(self, link: Link) -> None:
         if not link.killed:
-            self._counts["died"] += 1
+            self._count("died")
         self._end(link)
 
     def _end(self, link: Link) -> None:
