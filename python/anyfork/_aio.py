@@ -6,21 +6,23 @@ is the loop's own; scopes, task groups and events are anyio's.
 
 from __future__ import annotations
 
+import _thread
 import contextlib
+import os
 import sys
+import threading
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import anyio
-import anyio.to_thread
 from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
 
 from . import _request, _session, _template
 from ._errors import SpawnError, WorkerDied
 from ._heartbeat import Verdict
-from ._link import Chunks, Link, context_of, pool_sizes
+from ._link import FORKED, STARTS, Chunks, Link, context_of, pool_sizes
 from ._options import Options
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ GRACE = 0.5
 """Seconds that a cancelled call, or a worker that is to end, has to do so by itself."""
 
 _AHEAD = 32  # results that are given without a turn of the loop
+_CUT_OFF = 1.0  # seconds that a task has to notice that its worker was killed
 
 
 class _Trio:
@@ -163,7 +166,7 @@ class _Turns:
     """So many at once; who comes first is served first."""
 
     def __init__(self, free: int) -> None:
-        self._free = free
+        self._all = self._free = free
         self._waiting: deque[anyio.Event] = deque()
 
     async def acquire(self) -> None:
@@ -188,6 +191,15 @@ class _Turns:
         else:
             self._free += 1
 
+    def all_free(self) -> bool:
+        return self._free == self._all
+
+    async def acquire_all(self, seconds: float) -> None:
+        """Wait until nobody has a turn, for so long at most; and nobody gets one any more."""
+        with anyio.move_on_after(seconds, shield=True):
+            for _ in range(self._all):
+                await self.acquire()
+
 
 def _extras(context: Iterable[ContextVar[Any]]) -> dict[str, Any] | None:
     return {"context": context_of(context)} if context else None
@@ -199,8 +211,31 @@ async def _warm(method: str | None, options: Any) -> None:
         _request.check_options(_request.DEFAULT, options)  # before anything is made
         template = options.get("template") or _template.default()
         if isinstance(template, _template.Template) and not template.is_made():
-            await anyio.to_thread.run_sync(template.warm, abandon_on_cancel=True)
+            await _in_thread(template.warm)
     await checkpoint()
+
+
+async def _in_thread(function: Callable[[], object]) -> None:
+    """Call it in a thread. Not one of the loop's, which a program that is interrupted while it
+    ends would wait for, and for ever."""
+    r, w = os.pipe()
+    failure: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            function()
+        except BaseException as exc:
+            failure.append(exc)
+        finally:
+            os.close(w)
+
+    try:
+        threading.Thread(target=call, daemon=_thread.daemon_threads_allowed()).start()
+        await anyio.wait_readable(r)
+    finally:
+        os.close(r)
+    if failure:
+        raise failure[0]
 
 
 class Stream:
@@ -223,6 +258,7 @@ class Stream:
 
     async def _wait(self) -> None:
         """Until something has come, for whichever task it is."""
+        self._link.check_ours()
         if self._reading:
             await self._news.wait()
             return
@@ -411,8 +447,18 @@ class Worker:
             self._turns.release()
 
     def _check(self) -> None:
+        self._link.check_ours()
         if self._link.over:
             raise self._link.death()
+
+    async def _close(self) -> None:
+        """A call of another task that still runs is cut off."""
+        if self._link.child._foreign:
+            return
+        if not self._turns.all_free():
+            self._link.kill()
+            await self._turns.acquire_all(_CUT_OFF)
+        await self._link.close()
 
 
 @contextlib.asynccontextmanager
@@ -460,10 +506,11 @@ async def open_worker(
         options=options,
     )
     await link.ready(start_timeout)
+    worker = Worker(io, link)
     try:
-        yield Worker(io, link)
+        yield worker
     finally:
-        await link.close()
+        await worker._close()
 
 
 # ---- pools ------------------------------------------------------------------------
@@ -482,6 +529,7 @@ class Pool:
         self._idle_time: float = spec.pop("idle")
         self._start_timeout: float | None = spec.pop("start_timeout")
         self._spec = spec
+        self._owner = os.getpid()
         self._turns = _Turns(high)
         self._idle: list[tuple[Link, float]] = []  # and since when
         self._links: set[Link] = set()
@@ -524,6 +572,8 @@ class Pool:
 
     async def _take(self) -> Link:
         """A worker that is ready, for one call; to be given back."""
+        if os.getpid() != self._owner:
+            raise ValueError(FORKED)
         await self._turns.acquire()
         try:
             if self._closed:
@@ -532,12 +582,24 @@ class Pool:
                 link, _since = self._idle.pop()
                 if await self._is_good(link):
                     return link
-            link = self._start()
-            await self._await_ready(link)
-            return link
+            return await self._start_ready()
         except BaseException:
             self._turns.release()
             raise
+
+    async def _start_ready(self) -> Link:
+        """A new one. That somebody has killed it meanwhile is no call's failure."""
+        for attempt in range(1, STARTS + 1):
+            link = self._start()
+            try:
+                await self._await_ready(link)
+            except (SpawnError, WorkerDied):
+                self._counts["died"] += 1
+                if attempt == STARTS or not link.was_killed:
+                    raise
+            else:
+                return link
+        raise AssertionError
 
     async def _is_good(self, link: Link) -> bool:
         """Whether one that had nothing to do is fit for a call."""
@@ -583,13 +645,21 @@ class Pool:
         await link.close()
 
     async def _close(self) -> None:
+        """Calls of other tasks that still run are cut off."""
+        if os.getpid() != self._owner:
+            return
         self._closed = True
+        idle = [link for link, _since in self._idle]
         self._idle.clear()
-        for link in self._links:  # so that they end together
+        for link in self._links.difference(idle):
+            link.kill()
+        for link in idle:  # so that they end together
             link.channel.close()
         try:
-            for link in list(self._links):
+            for link in idle:
                 await self._end(link)
+            # Those that are cut off see to their workers themselves.
+            await self._turns.acquire_all(_CUT_OFF)
         finally:
             for link in self._links:
                 link.child.close()
@@ -918,17 +988,21 @@ async def open_pool(
     }
     io = _io(_loop)
     failure: BaseException | None = None
-    async with anyio.create_task_group() as group:
-        pool = Pool(io, group, low, high, spec)
-        try:
-            await pool._open()
-            yield pool
-        except BaseException as exc:
-            failure = exc
-            if isinstance(exc, anyio.get_cancelled_exc_class()):
-                raise
-        finally:
-            group.cancel_scope.cancel()
+    pool: Pool | None = None
+    try:
+        async with anyio.create_task_group() as group:
+            pool = Pool(io, group, low, high, spec)
+            try:
+                await pool._open()
+                yield pool
+            except BaseException as exc:
+                failure = exc
+                if isinstance(exc, anyio.get_cancelled_exc_class()):
+                    raise
+            finally:
+                group.cancel_scope.cancel()
+    finally:
+        if pool is not None:
             await pool._close()
     if failure is not None:
         # As it is: the group would wrap it.

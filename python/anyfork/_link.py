@@ -29,6 +29,15 @@ _WINDOW = 16  # items of a stream on their way, in each direction
 _ORDERLY = 5.0  # seconds that a worker which has closed its channel has to end
 
 
+FORKED = (
+    "these workers are of the process that this one was forked from, which alone may call them: "
+    "open others here"
+)
+
+
+STARTS = 3  # of a worker for a call, where somebody kills it before it is ready
+
+
 class Io(Protocol):
     """A way of waiting."""
 
@@ -177,7 +186,7 @@ class Link:
         """Let it end: asked first, then killed, and reaped. Nothing of it is left."""
         self.channel.close()
         self.over = True
-        if self.child._closed:
+        if self.child._closed or self.child._foreign:
             return
         await self._await_end(self.grace if grace is None else grace)
         self._pump()
@@ -202,8 +211,12 @@ class Link:
     def kill(self) -> None:
         """At once. Of a thread of this process, only its channel ends."""
         self.killed = True
+        if self.child._foreign:
+            return
         if self.child.pid is not None:
             self.child.kill()
+        elif not self.channel.closed:
+            self.channel.shutdown()
 
     async def lost(self, call: Call) -> None:
         """It says nothing more, and this call was not answered."""
@@ -298,6 +311,11 @@ class Link:
             self._tail = (self._tail + data)[-_TAIL:]
             _write_all(2, data)
 
+    @property
+    def was_killed(self) -> bool:
+        """By somebody else, or by what it has done."""
+        return not self.killed and (self.child.returncode or 0) < 0
+
     def tail(self) -> str:
         """The end of its standard error."""
         return self._tail.decode(errors="replace")
@@ -309,6 +327,11 @@ class Link:
                 return int(file.read().split()[1]) * self.rss_page
         except (OSError, IndexError):
             return 0
+
+    def check_ours(self) -> None:
+        """ValueError in a forked child of the worker's owner."""
+        if self.child._foreign:
+            raise ValueError(FORKED)
 
     @property
     def began(self) -> bool:
@@ -381,15 +404,17 @@ class Link:
     ) -> None:
         """Send it and wait until all is answered; whatever goes wrong, it is over then."""
         try:
-            if not (call.started or self.channel.send(*message)):
-                await self.send(message, deadline)
-            call.started = True
+            if not call.started:
+                call.started = True  # before it is: an interrupt may come right behind that
+                if not self.channel.send(*message):
+                    await self.send(call, message, deadline)
             while not call.done:
                 await self._wait(deadline)
                 self.advance()
                 if self.over and not call.done:
                     call.lost(await self._death())
         except ConnectionError:
+            call.started = False
             self._over()
             call.lost(await self._death())
         except BaseException:
@@ -398,7 +423,10 @@ class Link:
 
     async def leave(self, call: Call) -> None:
         """:meth:`abandon` in the middle of something else. If that is disturbed too, the worker
-        is killed at once."""
+        is killed at once. A forked child leaves the worker to its parent."""
+        if self.child._foreign:
+            call.lost(CallCancelled())
+            return
         try:
             with self._io.shield():
                 await self.abandon(call)
@@ -408,14 +436,23 @@ class Link:
             call.lost(CallCancelled())
             raise
 
-    async def send(self, message: _session.Message, deadline: float | None = None) -> None:
+    async def send(
+        self, call: Call, message: _session.Message, deadline: float | None = None
+    ) -> None:
         """Send it when there is room; the worker may have to be heard first."""
-        while not self.channel.send(*message):
-            with self.writable():
-                await self._wait(deadline)
-            self.advance()
-            if self.over:
-                raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+        try:
+            call.started = True  # before it is: an interrupt may come right behind that
+            while not self.channel.send(*message):
+                call.started = False
+                with self.writable():
+                    await self._wait(deadline)
+                self.advance()
+                if self.over:
+                    raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+                call.started = True
+        except ConnectionError:
+            call.started = False
+            raise
 
     @contextlib.contextmanager
     def writable(self) -> Iterator[None]:
@@ -478,8 +515,7 @@ class Link:
         call, message = self.session.begin(CALL_WITH, (fn, args, extras))
         call.stream = _session.Stream(_WINDOW)
         try:
-            await self.send(message)
-            call.started = True
+            await self.send(call, message)
         except ConnectionError:
             self._over()
             call.lost(await self._death())

@@ -6,6 +6,7 @@ The same as :mod:`anyfork.anyio`, without ``async`` and ``await``.
 from __future__ import annotations
 
 import contextlib
+import os
 import select
 import sysconfig
 import threading
@@ -18,13 +19,15 @@ from typing import Any, Unpack
 from . import _session
 from ._errors import SpawnError, WorkerDied
 from ._heartbeat import Verdict
-from ._link import Chunks, Link, context_of, cpus, pool_sizes
+from ._link import FORKED, STARTS, Chunks, Link, context_of, cpus, pool_sizes
 from ._options import Options
 
 __all__ = ["Pool", "Stream", "Worker", "open_pool", "open_worker"]
 
 GRACE = 0.5
 """Seconds that a cancelled call, or a worker that is to end, has to do so by itself."""
+
+_CUT_OFF = 1.0  # seconds that a thread has to notice that its worker was killed
 
 # Waiting for an answer without giving up the GIL saves its way back, which takes 5 ms for
 # each thread that wants it; and keeps the other threads from running. So only where an answer
@@ -92,12 +95,14 @@ class _Link(Link):
         """Send it, and take the answer if it comes at once. All else is perform()'s."""
         channel = self.channel
         try:
-            if channel.send(*message):
-                call.started = True
-                if channel.wait(_POLLED, _POLLED):
-                    self.advance()
+            call.started = True  # before it is: an interrupt may come right behind that
+            if not channel.send(*message):
+                call.started = False
+            elif channel.wait(_POLLED, _POLLED):
+                self.advance()
         except ConnectionError:
-            return  # which meets it too
+            call.started = False  # perform() meets it too
+            return
         except BaseException:
             _drive(self.leave(call))
             raise
@@ -142,6 +147,7 @@ class Stream:
         self._value: Any = None
 
     def _wait(self) -> None:
+        self._link.check_ours()
         _drive(self._io.wait(self._link, None))
         self._link.advance()
         if self._link.over and not self._call.done:
@@ -262,6 +268,7 @@ class Worker:
         As :meth:`anyfork.anyio.Worker.run`. An exception in the caller meanwhile, Ctrl-C say,
         cancels the call.
         """
+        self._link.check_ours()  # before it waits for threads that are not here
         with self._turn:
             if self._link.over:
                 raise self._link.death()
@@ -278,6 +285,7 @@ class Worker:
     ) -> Iterator[Stream]:
         """Call ``fn(stream, *args)`` in the worker, and talk with it meanwhile: as
         :meth:`anyfork.anyio.Worker.open_stream`."""
+        self._link.check_ours()  # before it waits for threads that are not here
         with self._turn:
             if self._link.over:
                 raise self._link.death()
@@ -290,6 +298,20 @@ class Worker:
                     stream._outcome()
             finally:
                 stream._close()
+
+    def _close(self) -> None:
+        """A call of another thread that still runs is cut off."""
+        if self._link.child._foreign:
+            return
+        mine = self._turn.acquire(blocking=False)
+        if not mine:
+            self._link.kill()
+            mine = self._turn.acquire(timeout=_CUT_OFF)
+        try:
+            _drive(self._link.close())
+        finally:
+            if mine:
+                self._turn.release()
 
 
 @contextlib.contextmanager
@@ -331,10 +353,11 @@ def open_worker(
         options=options,
     )
     _drive(link.ready(start_timeout))
+    worker = Worker(io, link)
     try:
-        yield Worker(io, link)
+        yield worker
     finally:
-        _drive(link.close())
+        worker._close()
 
 
 # ---- pools ------------------------------------------------------------------------
@@ -353,6 +376,7 @@ class Pool:
         self._idle_time: float = spec.pop("idle")
         self._start_timeout: float | None = spec.pop("start_timeout")
         self._spec = spec
+        self._owner = os.getpid()
         self._changed = threading.Condition()
         self._free = high
         self._idle: list[tuple[_Link, float]] = []  # and since when
@@ -386,6 +410,8 @@ class Pool:
 
     def _take(self, wait: bool = True) -> _Link | None:
         """A worker that is ready, for one call; to be given back. None: there is none now."""
+        if os.getpid() != self._owner:
+            raise ValueError(FORKED)
         with self._changed:
             while not self._free and not self._closed:
                 if not wait:
@@ -401,12 +427,24 @@ class Pool:
                     return link
                 with self._changed:
                     link = self._idle.pop()[0] if self._idle else None
-            link = self._start()
-            self._await_ready(link)
-            return link
+            return self._start_ready()
         except BaseException:
             self._release()
             raise
+
+    def _start_ready(self) -> _Link:
+        """A new one. That somebody has killed it meanwhile is no call's failure."""
+        for attempt in range(1, STARTS + 1):
+            link = self._start()
+            try:
+                self._await_ready(link)
+            except (SpawnError, WorkerDied):
+                self._count("died")
+                if attempt == STARTS or not link.was_killed:
+                    raise
+            else:
+                return link
+        raise AssertionError
 
     def _is_good(self, link: _Link) -> bool:
         """Whether one that had nothing to do is fit for a call."""
@@ -414,10 +452,14 @@ class Pool:
             try:
                 self._await_ready(link)
             except (SpawnError, WorkerDied):
-                self._counts["died"] += 1
+                self._count("died")
         elif link.over:
             self._bury(link)
         return not link.over
+
+    def _count(self, what: str) -> None:
+        with self._changed:
+            self._counts[what] += 1
 
     def _release(self) -> None:
         with self._changed:
@@ -425,11 +467,13 @@ class Pool:
             self._changed.notify()
 
     def _give(self, link: _Link) -> None:
+        if os.getpid() != self._owner:
+            return
         try:
             if link.over or link.killed:
                 self._bury(link)
             elif self._is_worn(link):
-                self._counts["recycled"] += 1
+                self._count("recycled")
                 self._end(link)
             else:
                 with self._changed:
@@ -462,7 +506,7 @@ class Pool:
 
     def _bury(self, link: _Link) -> None:
         if not link.killed:
-            self._counts["died"] += 1
+            self._count("died")
         self._end(link)
 
     def _end(self, link: _Link) -> None:
@@ -474,6 +518,8 @@ class Pool:
 
     def _close(self) -> None:
         """Calls of other threads that still run are cut off."""
+        if os.getpid() != self._owner:
+            return
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -653,8 +699,7 @@ class _Mapping:
         self._running[link.fd] = running
         self._epoll.register(link.fd, select.EPOLLIN)
         try:
-            _drive(link.send(message))
-            call.started = True
+            _drive(link.send(call, message))
         except ConnectionError:
             _drive(link.lost(call))
             self._ended(running)
@@ -691,6 +736,8 @@ class _Mapping:
         self._pool._give(link)
 
     def _stop(self) -> None:
+        if os.getpid() != self._pool._owner:
+            return
         for running in list(self._running.values()):
             try:
                 _drive(running.link.leave(running.call))

@@ -152,6 +152,13 @@ def grow(n: int) -> int:
     return os.getpid()
 
 
+def use_up(cgroup: str, n: int) -> int:
+    """So much memory, in a cgroup that has less."""
+    with open(f"{cgroup}/cgroup.procs", "w") as file:
+        file.write("0")
+    return len(b"x" * n)
+
+
 def with_child_that_holds(path: str) -> None:
     """Dies, and leaves a process that has all its descriptors."""
     child = os.fork()

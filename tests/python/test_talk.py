@@ -59,8 +59,8 @@ def worker(api: Api, method: str, **options: Any) -> Any:
     return api.open_worker(method, **_by(method), **options)
 
 
-def pool(api: Api, size: int | None = None, **options: Any) -> Any:
-    return api.open_pool(size, template=_template, **options)
+def pool(api: Api, size: int | None = None, method: str = "zygote", **options: Any) -> Any:
+    return api.open_pool(size, method=method, **_by(method), **options)
 
 
 def has_process(method: str) -> bool:
@@ -659,6 +659,46 @@ def test_pool_of_many_tasks(api: Api) -> None:
         assert outcomes == {"result": 80, "died": 10, "cancelled": 10}
 
     api.run(check)
+
+
+@pytest.mark.parametrize("what", ["worker", "pool"])
+def test_block_that_ends_beside_calls(api: Api, method: str, what: str) -> None:
+    """Its end cuts off the calls of other tasks and threads; none of them waits for ever."""
+    seconds = 60 if has_process(method) else 0.5
+    outcomes: list[BaseException | None] = []
+
+    def opened() -> Any:
+        return worker(api, method) if what == "worker" else pool(api, 2, method=method)
+
+    async def call(run: Any) -> None:
+        try:
+            await run(targets.sleep, seconds)
+        except Exception as exc:
+            outcomes.append(exc)
+
+    async def check() -> None:
+        async with anyio.create_task_group() as group:
+            async with opened() as w:
+                for _ in range(4):
+                    group.start_soon(call, w.run)
+                await anyio.sleep(0.1)
+
+    async def check_threads() -> None:
+        async with opened() as w:
+            w_run.append(w.run)
+            for thread in threads:
+                thread.start()
+            time.sleep(0.1)
+        for thread in threads:
+            thread.join(20)
+            assert not thread.is_alive()
+
+    w_run: list[Any] = []
+    threads = [threading.Thread(target=lambda: api.run(call, w_run[0])) for _ in range(4)]
+    api.run(check_threads if api.name == "sync" else check)
+    assert len(outcomes) == 4
+    if not has_process(method):
+        time.sleep(0.5)  # their threads
 
 
 def test_pool_of_threads() -> None:

@@ -6,6 +6,7 @@ Without a loop its methods are called by coroutines that are never suspended.
 from __future__ import annotations
 
 import contextlib
+import time
 import types
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any
@@ -37,6 +38,9 @@ class Api:
 
     def open_pool(self, size: int | None = None, **options: Any) -> Any:
         return self.module.open_pool(size, **options)
+
+    async def sleep(self, seconds: float) -> None:
+        await anyio.sleep(seconds)
 
     async def within(self, seconds: float, call: Callable[[], Awaitable[Any]]) -> bool:
         """Cancel the call after so long; whether that ended it."""
@@ -91,6 +95,9 @@ class Sync(Api):
         except StopIteration as stop:
             return stop.value
         raise AssertionError("it was suspended")
+
+    async def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
 
     def open_worker(self, method: str | None = None, **options: Any) -> Any:
         return _block(self.module.open_worker(method, **options))
