@@ -546,7 +546,8 @@ class Pool:
                 await self._await_ready(link)
             except (SpawnError, WorkerDied):
                 self._counts["died"] += 1
-        elif link.over:
+                return False
+        if link.over:  # also one that has died right after it was ready
             await self._bury(link)
         return not link.over
 

@@ -415,7 +415,8 @@ class Pool:
                 self._await_ready(link)
             except (SpawnError, WorkerDied):
                 self._counts["died"] += 1
-        elif link.over:
+                return False
+        if link.over:  # also one that has died right after it was ready
             self._bury(link)
         return not link.over
 

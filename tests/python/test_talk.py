@@ -584,6 +584,36 @@ def test_pool_loses_only_the_calls_that_died(api: Api) -> None:
     api.run(check)
 
 
+def test_pool_buries_what_died_unseen(api: Api, tmp_path: Path) -> None:
+    """A worker that became ready and died while nobody looked is no worker of the pool."""
+    path = tmp_path / "marks"
+    initializer = {"initializer": targets.live_briefly_if_second, "initargs": (str(path),)}
+
+    async def check() -> None:
+        async with pool(api, 1, **initializer) as p:
+            with pytest.raises(anyfork.WorkerDied):
+                await p.run(targets.die)
+            (second,) = p.pids()
+            deadline = time.monotonic() + 20
+            while second in p.pids() and not _is_zombie(second):
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            assert await p.run(targets.echo, 1) == 1
+            assert len(path.read_text().splitlines()) == 3
+            statistics = p.statistics()
+            assert (statistics["workers"], statistics["died"]) == (1, 2)
+            assert (statistics["calls"], statistics["failed"]) == (2, 1)
+
+    api.run(check)
+
+
+def _is_zombie(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:  # reaped, by its template
+        return True
+
+
 def test_pool_replaces_the_worn(api: Api) -> None:
     async def check() -> None:
         async with pool(api, 1, max_calls=2) as p:
