@@ -7,7 +7,9 @@ import ctypes
 import logging
 import os
 import pickle
+import queue
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -51,6 +53,23 @@ def leave(code: int) -> None:
 def sleep(seconds: float) -> float:
     time.sleep(seconds)
     return seconds
+
+
+def block(what: str) -> None:
+    """For ever, in a system call that the kernel would restart after a signal."""
+    if what == "read":
+        os.read(os.pipe()[0], 1)
+    elif what == "program":
+        subprocess.run(["sleep", "60"])
+    elif what == "socket":
+        ours, _theirs = socket.socketpair()
+        ours.recv(1)
+    elif what == "lock":
+        lock = threading.Lock()
+        while lock.acquire():
+            pass
+    elif what == "queue":
+        queue.Queue[None]().get()
 
 
 def spin() -> None:

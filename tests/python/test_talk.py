@@ -248,6 +248,19 @@ def test_cancel(api: Api, what: str) -> None:
     api.run(check)
 
 
+@pytest.mark.parametrize("what", ["read", "program", "socket", "lock", "queue"])
+def test_cancelled_in_a_system_call(api: Api, what: str) -> None:
+    """It is asked, not killed: the same worker does the next call."""
+
+    async def check() -> None:
+        async with worker(api, "zygote", grace=20) as w:
+            with pytest.raises(TimeoutError):
+                await w.run(targets.block, what, timeout=0.2)
+            assert await w.run(targets.pid) == w.pid
+
+    api.run(check)
+
+
 def test_cancelled_target_cleans_up(api: Api, tmp_path: Path) -> None:
     path = tmp_path / "tidy"
 
