@@ -204,7 +204,8 @@ async def _warm(method: str | None, options: Any) -> None:
 
 
 class Stream:
-    """A running call that sends and receives; made by :meth:`Worker.open_stream`.
+    """A running call that sends and receives; made by :meth:`Worker.open_stream`. It is an
+    async iterator of what the target sends.
 
     What the target raises is raised by :meth:`receive`, once its items are taken, by
     :meth:`result`, or else at the end of the block. One task may send while another receives.
@@ -261,14 +262,18 @@ class Stream:
         await self._say(kind, parts, fds)
 
     async def send_eof(self) -> None:
-        """There will be no more items from this side."""
+        """There will be no more items from this side. The second time nothing happens."""
         await checkpoint()
         if not self._sent_eof:
             self._sent_eof = True
             await self._say(_session.END)
 
     async def receive(self) -> Any:
-        """The target's next item. anyio.EndOfStream: there will be none; or what it raised."""
+        """The target's next item; waits for it.
+
+        Raises: anyio.EndOfStream: there will be none; what the target raised, once its items
+        are taken, WorkerDied and CallCancelled among that.
+        """
         await checkpoint()
         while not self._stream.items:
             if self._call.done and not self._told:
@@ -323,7 +328,7 @@ class Stream:
 class Worker:
     """A worker process that is called. Made by ``open_worker()``.
 
-    One call at a time: who calls meanwhile waits for its turn.
+    One call at a time: who calls meanwhile waits for its turn. For the tasks of its event loop.
     """
 
     def __init__(self, io: Any, link: Link) -> None:
@@ -344,8 +349,9 @@ class Worker:
         return await self._link.heartbeat(anyio.sleep)
 
     def statistics(self) -> dict[str, Any]:
-        """Calls so far, how many failed or were cancelled; seconds that one takes, of late;
-        messages and bytes in each direction, and how many of the bytes by shared memory."""
+        """Counts so far. "calls", and how many of them "failed"; "cancelled"; messages "sent"
+        and "received"; "bytes_sent", "bytes_received", and how many of them by shared memory,
+        "shared_sent", "shared_received"; "segments" of it now, and "segment_bytes"."""
         return self._link.figures()
 
     async def run(
@@ -360,7 +366,10 @@ class Worker:
         """Call ``fn(*args)`` in the worker; return its result.
 
         Args:
-          fn: a function, or a coroutine function, which runs in a loop of its own there.
+          fn: a function, or a coroutine function, which runs in a loop of its own there. Pickled,
+            by reference where it is in a module, else by value.
+          args: its arguments. Buffers that they give out of band (PEP 574) arrive as read-only
+            views; so do those of the result.
           timeout: seconds that the call may take; it is cancelled then.
           context: context variables whose values it is to have.
           on_progress: called, here, with what :func:`anyfork.report_progress` is called with
@@ -394,6 +403,9 @@ class Worker:
         There, ``stream`` has ``send()``, ``receive()``, ``send_eof()`` and iteration; awaited
         ones, if ``fn`` is a coroutine function. At the end of the block a call that has not
         ended is cancelled: await :meth:`Stream.result` to have it end by itself.
+
+        Args and errors: as of :meth:`run`; what the target raises is raised by the stream, or at
+        the end of the block.
         """
         await self._turns.acquire()
         try:
@@ -470,7 +482,12 @@ async def open_worker(
 
 
 class Pool:
-    """Workers that calls are shared among. Made by ``open_pool()``."""
+    """Workers that calls are shared among. Made by ``open_pool()``. For the tasks of its event
+    loop; as many calls run at once as there are workers, others wait for their turn.
+
+    Attributes:
+      size: how many workers there may be.
+    """
 
     def __init__(self, io: Any, group: Any, low: int, high: int, spec: dict[str, Any]) -> None:
         self._io = io
@@ -610,6 +627,9 @@ class Pool:
 
         A worker that dies fails its own call only, by WorkerDied, and another takes its place.
         ``timeout`` counts from when a worker is free.
+
+        Raises: as :meth:`Worker.run`; what starting a worker raises, where one has to be
+        started; anyio.ClosedResourceError after the pool's block.
         """
         extras = _extras(context)
         for attempt in range(3):
@@ -646,12 +666,14 @@ class Pool:
           return_exceptions: what a call raises is its result; else it is raised, and the
             iteration is over.
           deadline: seconds, after which TimeoutError is raised and what runs is cancelled.
+
+        Nothing is sent before the first result is asked for.
         """
         return Results(self, fn, iterable, Chunks(chunks), ordered, return_exceptions, deadline)
 
     def statistics(self) -> dict[str, Any]:
-        """Workers now and how many of them have nothing to do; started, died and recycled so
-        far; calls, failed and cancelled."""
+        """Counts: "workers" now, and how many of them are "idle"; so far "started", "died" and
+        "recycled" ones; "calls", how many of them "failed", and "cancelled"."""
         totals = {
             name: count + sum(link.statistics[name] for link in self._links)
             for name, count in self._ended.items()
@@ -659,7 +681,7 @@ class Pool:
         return {"workers": len(self._links), "idle": len(self._idle), **self._counts, **totals}
 
     def pids(self) -> list[int | None]:
-        """The workers' process ids."""
+        """The workers' process ids; None for one that is a thread of this process."""
         return [link.child.pid for link in self._links]
 
 
