@@ -415,6 +415,8 @@ class Worker:
             stream = Stream(self._io, self._link, call)
             try:
                 yield stream
+                if not (call.done or self._link.over):
+                    self._link.advance()  # what it raised may be there
                 if call.done and not stream._told:
                     stream._outcome()
             finally:
@@ -826,6 +828,8 @@ class Results:
         return self
 
     def _begin(self) -> None:
+        if self._pool._closed:
+            raise anyio.ClosedResourceError
         self._begun = True
         self._feeding = self._pool.size
         for _ in range(self._pool.size):

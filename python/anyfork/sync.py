@@ -289,6 +289,8 @@ class Worker:
             stream = Stream(self._io, self._link, call)
             try:
                 yield stream
+                if not (call.done or self._link.over):
+                    self._link.advance()  # what it raised may be there
                 if call.done:
                     stream._outcome()
             finally:

@@ -281,6 +281,10 @@ def send_and_fail(stream: Any, items: int) -> None:
     raise ValueError("after its items")
 
 
+def fail_at_once(stream: Any, text: str) -> None:
+    raise ValueError(text)
+
+
 def send_and_die(stream: Any) -> None:
     stream.send("last words")
     os.kill(os.getpid(), signal.SIGKILL)

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import logging
 import os
+import select
 import signal
 import threading
 import time
@@ -501,6 +502,19 @@ def test_stream_that_fails(api: Api) -> None:
     api.run(check)
 
 
+def test_stream_that_nobody_reads(api: Api) -> None:
+    """What its target raised is told at the end of the block."""
+
+    async def check() -> None:
+        async with worker(api, "zygote") as w:
+            with pytest.raises(ValueError, match="unread"):
+                async with w.open_stream(targets.fail_at_once, "unread"):
+                    assert select.select([w._link.fd], [], [], 20)[0]
+            assert await w.run(targets.echo, 1) == 1
+
+    api.run(check)
+
+
 def test_stream_of_large_items(api: Api) -> None:
     """Both sides have their sockets full meanwhile."""
 
@@ -726,6 +740,19 @@ def test_pool_of_threads() -> None:
         for thread in threads:
             thread.join()
     assert not failures
+
+
+def test_closed_pool(api: Api) -> None:
+    async def check() -> None:
+        async with pool(api, 1) as p:
+            pass
+        with pytest.raises(api.closed):
+            await p.run(targets.echo, 1)
+        with pytest.raises(api.closed):
+            async for _ in p.map(targets.echo, [1]):
+                pass
+
+    api.run(check)
 
 
 def test_map_of_an_async_iterable(api: Api) -> None:
