@@ -239,7 +239,8 @@ async def _in_thread(function: Callable[[], object]) -> None:
 
 
 class Stream:
-    """A running call that sends and receives; made by :meth:`Worker.open_stream`.
+    """A running call that sends and receives; made by :meth:`Worker.open_stream`. It is an
+    async iterator of what the target sends.
 
     What the target raises is raised by :meth:`receive`, once its items are taken, by
     :meth:`result`, or else at the end of the block. One task may send while another receives.
@@ -297,14 +298,18 @@ class Stream:
         await self._say(kind, parts, fds)
 
     async def send_eof(self) -> None:
-        """There will be no more items from this side."""
+        """There will be no more items from this side. The second time nothing happens."""
         await checkpoint()
         if not self._sent_eof:
             self._sent_eof = True
             await self._say(_session.END)
 
     async def receive(self) -> Any:
-        """The target's next item. anyio.EndOfStream: there will be none; or what it raised."""
+        """The target's next item; waits for it.
+
+        Raises: anyio.EndOfStream: there will be none; what the target raised, once its items
+        are taken, WorkerDied and CallCancelled among that.
+        """
         await checkpoint()
         while not self._stream.items:
             if self._call.done and not self._told:
@@ -359,7 +364,7 @@ class Stream:
 class Worker:
     """A worker process that is called. Made by ``open_worker()``.
 
-    One call at a time: who calls meanwhile waits for its turn.
+    One call at a time: who calls meanwhile waits for its turn. For the tasks of its event loop.
     """
 
     def __init__(self, io: Any, link: Link) -> None:
@@ -380,8 +385,9 @@ class Worker:
         return await self._link.heartbeat(anyio.sleep)
 
     def statistics(self) -> dict[str, Any]:
-        """Calls so far, how many failed or were cancelled; seconds that one takes, of late;
-        messages and bytes in each direction, and how many of the bytes by shared memory."""
+        """Counts so far. "calls", and how many of them "failed"; "cancelled"; messages "sent"
+        and "received"; "bytes_sent", "bytes_received", and how many of them by shared memory,
+        "shared_sent", "shared_received"; "segments" of it now, and "segment_bytes"."""
         return self._link.figures()
 
     async def run(
@@ -396,7 +402,10 @@ class Worker:
         """Call ``fn(*args)`` in the worker; return its result.
 
         Args:
-          fn: a function, or a coroutine function, which runs in a loop of its own there.
+          fn: a function, or a coroutine function, which runs in a loop of its own there. Pickled,
+            by reference where it is in a module, else by value.
+          args: its arguments. Buffers that they give out of band (PEP 574) arrive as read-only
+            views; so do those of the result.
           timeout: seconds that the call may take; it is cancelled then.
           context: context variables whose values it is to have.
           on_progress: called, here, with what :func:`anyfork.report_progress` is called with
@@ -430,6 +439,9 @@ class Worker:
         There, ``stream`` has ``send()``, ``receive()``, ``send_eof()`` and iteration; awaited
         ones, if ``fn`` is a coroutine function. At the end of the block a call that has not
         ended is cancelled: await :meth:`Stream.result` to have it end by itself.
+
+        Args and errors: as of :meth:`run`; what the target raises is raised by the stream, or at
+        the end of the block.
         """
         await self._turns.acquire()
         try:
@@ -439,6 +451,8 @@ class Worker:
             stream = Stream(self._io, self._link, call)
             try:
                 yield stream
+                if not (call.done or self._link.over):
+                    self._link.advance()  # what it raised may be there
                 if call.done and not stream._told:
                     stream._outcome()
             finally:
@@ -517,7 +531,12 @@ async def open_worker(
 
 
 class Pool:
-    """Workers that calls are shared among. Made by ``open_pool()``."""
+    """Workers that calls are shared among. Made by ``open_pool()``. For the tasks of its event
+    loop; as many calls run at once as there are workers, others wait for their turn.
+
+    Attributes:
+      size: how many workers there may be.
+    """
 
     def __init__(self, io: Any, group: Any, low: int, high: int, spec: dict[str, Any]) -> None:
         self._io = io
@@ -608,7 +627,8 @@ class Pool:
                 await self._await_ready(link)
             except (SpawnError, WorkerDied):
                 self._counts["died"] += 1
-        elif link.over:
+                return False
+        if link.over:  # also one that has died right after it was ready
             await self._bury(link)
         return not link.over
 
@@ -679,6 +699,9 @@ class Pool:
 
         A worker that dies fails its own call only, by WorkerDied, and another takes its place.
         ``timeout`` counts from when a worker is free.
+
+        Raises: as :meth:`Worker.run`; what starting a worker raises, where one has to be
+        started; anyio.ClosedResourceError after the pool's block.
         """
         extras = _extras(context)
         for attempt in range(3):
@@ -715,12 +738,14 @@ class Pool:
           return_exceptions: what a call raises is its result; else it is raised, and the
             iteration is over.
           deadline: seconds, after which TimeoutError is raised and what runs is cancelled.
+
+        Nothing is sent before the first result is asked for.
         """
         return Results(self, fn, iterable, Chunks(chunks), ordered, return_exceptions, deadline)
 
     def statistics(self) -> dict[str, Any]:
-        """Workers now and how many of them have nothing to do; started, died and recycled so
-        far; calls, failed and cancelled."""
+        """Counts: "workers" now, and how many of them are "idle"; so far "started", "died" and
+        "recycled" ones; "calls", how many of them "failed", and "cancelled"."""
         totals = {
             name: count + sum(link.statistics[name] for link in self._links)
             for name, count in self._ended.items()
@@ -728,7 +753,7 @@ class Pool:
         return {"workers": len(self._links), "idle": len(self._idle), **self._counts, **totals}
 
     def pids(self) -> list[int | None]:
-        """The workers' process ids."""
+        """The workers' process ids; None for one that is a thread of this process."""
         return [link.child.pid for link in self._links]
 
 
@@ -873,6 +898,8 @@ class Results:
         return self
 
     def _begin(self) -> None:
+        if self._pool._closed:
+            raise anyio.ClosedResourceError
         self._begun = True
         self._feeding = self._pool.size
         for _ in range(self._pool.size):

@@ -383,11 +383,11 @@ class Link:
 
     def outcome(self, call: Call) -> Any:
         """What the call came to, the first that was not taken yet."""
-        self.statistics["calls"] += 1
+        self.statistics["calls"] += call.started  # else a pool has another worker do it
         returned, value = call.outcomes.popleft()
         if returned:
             return value
-        self.statistics["failed"] += 1
+        self.statistics["failed"] += call.started
         try:
             raise value
         finally:

@@ -270,6 +270,7 @@ class SupervisorSpec:
             raise SpecError(f"children: there are two of the name {twice[0]!r}")
 
     def child(self, name: str) -> ChildSpec | None:
+        """The spec of the child of that name; None if there is none."""
         return next((child for child in self.children if child.name == name), None)
 
 

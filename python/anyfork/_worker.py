@@ -118,12 +118,10 @@ class _Serving:
 
     def listen_for_cancel(self) -> None:
         """Only the main thread of a main interpreter can; elsewhere a call that is cancelled
-        ends by itself, or with its worker."""
-        try:
+        ends by itself, or with its worker. System calls are interrupted, not restarted: that is
+        what ends a target that waits in one (PEP 475)."""
+        with contextlib.suppress(ValueError):
             signal.signal(CANCEL_SIGNAL, self._on_signal)
-        except ValueError:
-            return
-        signal.siginterrupt(CANCEL_SIGNAL, False)
 
     def _on_signal(self, _number: int, _frame: object) -> None:
         if self.news is not None:

@@ -133,8 +133,8 @@ def _extras(context: Iterable[ContextVar[Any]]) -> dict[str, Any] | None:
 
 
 class Stream:
-    """A running call that sends and receives; made by :meth:`Worker.open_stream`. Of one
-    thread at a time."""
+    """A running call that sends and receives; made by :meth:`Worker.open_stream`. It is an
+    iterable of what the target sends. Of one thread at a time."""
 
     def __init__(self, io: _Blocking, link: _Link, call: _session.Call) -> None:
         self._io = io
@@ -180,7 +180,10 @@ class Stream:
             self._say(_session.END)
 
     def receive(self) -> Any:
-        """The target's next item. EOFError: there will be none; or what it raised."""
+        """The target's next item; waits for it.
+
+        Raises: EOFError: there will be none; what the target raised, once its items are taken.
+        """
         while not self._stream.items:
             if self._call.done:
                 self._outcome()
@@ -294,6 +297,8 @@ class Worker:
             stream = Stream(self._io, self._link, call)
             try:
                 yield stream
+                if not (call.done or self._link.over):
+                    self._link.advance()  # what it raised may be there
                 if call.done:
                     stream._outcome()
             finally:
@@ -365,7 +370,11 @@ def open_worker(
 
 class Pool:
     """Workers that calls are shared among. Made by :func:`open_pool`. Safe from any thread:
-    the calls of several threads run at once."""
+    the calls of several threads run at once.
+
+    Attributes:
+      size: how many workers there may be.
+    """
 
     def __init__(self, io: _Blocking, low: int, high: int, spec: dict[str, Any]) -> None:
         self._io = io
@@ -453,7 +462,8 @@ class Pool:
                 self._await_ready(link)
             except (SpawnError, WorkerDied):
                 self._count("died")
-        elif link.over:
+                return False
+        if link.over:  # also one that has died right after it was ready
             self._bury(link)
         return not link.over
 
@@ -550,7 +560,7 @@ class Pool:
         on_progress: Callable[[Any], object] | None = None,
     ) -> Any:
         """Call ``fn(*args)`` in a worker of the pool: as :meth:`anyfork.anyio.Pool.run`. Waits
-        for a worker that is free."""
+        for a worker that is free. ValueError after the pool's block."""
         for attempt in range(3):
             link = self._take()
             assert link is not None
@@ -576,7 +586,8 @@ class Pool:
         deadline: float | None = None,
     ) -> Iterator[Any]:
         """``fn(item)`` of each item, as an iterator of the results: as
-        :meth:`anyfork.anyio.Pool.map`. The calling thread sees to all of them."""
+        :meth:`anyfork.anyio.Pool.map`. The thread that takes results sees to all of them;
+        nothing is sent while it does something else."""
         mapping = _Mapping(self, fn, iter(iterable), Chunks(chunks), ordered)
         limit = None if deadline is None else self._io.now() + deadline
         return mapping.results(return_exceptions, limit)
@@ -591,7 +602,7 @@ class Pool:
             return {"workers": len(self._links), "idle": len(self._idle), **self._counts, **totals}
 
     def pids(self) -> list[int | None]:
-        """The workers' process ids."""
+        """The workers' process ids; None for one that is a thread of this process."""
         with self._changed:
             return [link.child.pid for link in self._links]
 

@@ -7,7 +7,9 @@ import ctypes
 import logging
 import os
 import pickle
+import queue
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -51,6 +53,23 @@ def leave(code: int) -> None:
 def sleep(seconds: float) -> float:
     time.sleep(seconds)
     return seconds
+
+
+def block(what: str) -> None:
+    """For ever, in a system call that the kernel would restart after a signal."""
+    if what == "read":
+        os.read(os.pipe()[0], 1)
+    elif what == "program":
+        subprocess.run(["sleep", "60"])
+    elif what == "socket":
+        ours, _theirs = socket.socketpair()
+        ours.recv(1)
+    elif what == "lock":
+        lock = threading.Lock()
+        while lock.acquire():
+            pass
+    elif what == "queue":
+        queue.Queue[None]().get()
 
 
 def spin() -> None:
@@ -187,6 +206,15 @@ def mark(path: str) -> None:
         file.write(f"{os.getpid()}\n")
 
 
+def live_briefly_if_second(path: str) -> None:
+    """An initializer: the second worker that calls it is killed when it has been ready for
+    some time."""
+    mark(path)
+    with open(path) as file:
+        if len(file.readlines()) == 2:
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
+
+
 def run_program() -> str:
     return subprocess.check_output(["echo", "program"], text=True)
 
@@ -258,6 +286,10 @@ def send_and_fail(stream: Any, items: int) -> None:
     for n in range(items):
         stream.send(n)
     raise ValueError("after its items")
+
+
+def fail_at_once(stream: Any, text: str) -> None:
+    raise ValueError(text)
 
 
 def send_and_die(stream: Any) -> None:

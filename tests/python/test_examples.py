@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import RunProgram
 
 import anyfork
 
@@ -38,6 +39,22 @@ def test_trio_worker() -> None:
     assert _python("trio_worker.py").splitlines() == [
         "7 * 7 = 49", "cancelled", "a program says Linux",
     ]  # fmt: skip
+
+
+def test_stream() -> None:
+    pytest.importorskip("trio")
+    lines = _python("stream.py", "100000").splitlines()
+    assert len(lines) == 8
+    for n, line in zip((1, 0, 2, 1, 0), lines, strict=False):
+        assert line.startswith(f"sensor {n}: 500.0, where "), line
+    assert [line.split(": ")[0] for line in lines[5:]] == ["sensor 0", "sensor 1", "sensor 2"]
+
+
+def test_web_service_under_load(run_program: RunProgram) -> None:
+    """Its workers are killed meanwhile: see tests/programs/load_web_service.py."""
+    pytest.importorskip("aiohttp", reason="the service's library, aiohttp, is not installed")
+    pytest.importorskip("numpy", reason="what its workers compute with, numpy, is not installed")
+    run_program("load_web_service", 3, timeout=40)
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import logging
 import os
+import select
 import signal
 import threading
 import time
@@ -244,6 +245,19 @@ def test_cancel(api: Api, what: str) -> None:
                 assert time.monotonic() - began < 8
                 assert await w.run(targets.echo, 1) == 1
             assert w.statistics()["cancelled"] == 3
+
+    api.run(check)
+
+
+@pytest.mark.parametrize("what", ["read", "program", "socket", "lock", "queue"])
+def test_cancelled_in_a_system_call(api: Api, what: str) -> None:
+    """It is asked, not killed: the same worker does the next call."""
+
+    async def check() -> None:
+        async with worker(api, "zygote", grace=20) as w:
+            with pytest.raises(TimeoutError):
+                await w.run(targets.block, what, timeout=0.2)
+            assert await w.run(targets.pid) == w.pid
 
     api.run(check)
 
@@ -488,6 +502,19 @@ def test_stream_that_fails(api: Api) -> None:
     api.run(check)
 
 
+def test_stream_that_nobody_reads(api: Api) -> None:
+    """What its target raised is told at the end of the block."""
+
+    async def check() -> None:
+        async with worker(api, "zygote") as w:
+            with pytest.raises(ValueError, match="unread"):
+                async with w.open_stream(targets.fail_at_once, "unread"):
+                    assert select.select([w._link.fd], [], [], 20)[0]
+            assert await w.run(targets.echo, 1) == 1
+
+    api.run(check)
+
+
 def test_stream_of_large_items(api: Api) -> None:
     """Both sides have their sockets full meanwhile."""
 
@@ -582,6 +609,36 @@ def test_pool_loses_only_the_calls_that_died(api: Api) -> None:
             assert await p.run(targets.echo, 1) == 1
 
     api.run(check)
+
+
+def test_pool_buries_what_died_unseen(api: Api, tmp_path: Path) -> None:
+    """A worker that became ready and died while nobody looked is no worker of the pool."""
+    path = tmp_path / "marks"
+    initializer = {"initializer": targets.live_briefly_if_second, "initargs": (str(path),)}
+
+    async def check() -> None:
+        async with pool(api, 1, **initializer) as p:
+            with pytest.raises(anyfork.WorkerDied):
+                await p.run(targets.die)
+            (second,) = p.pids()
+            deadline = time.monotonic() + 20
+            while second in p.pids() and not _is_zombie(second):
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            assert await p.run(targets.echo, 1) == 1
+            assert len(path.read_text().splitlines()) == 3
+            statistics = p.statistics()
+            assert (statistics["workers"], statistics["died"]) == (1, 2)
+            assert (statistics["calls"], statistics["failed"]) == (2, 1)
+
+    api.run(check)
+
+
+def _is_zombie(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:  # reaped, by its template
+        return True
 
 
 def test_pool_replaces_the_worn(api: Api) -> None:
@@ -723,6 +780,19 @@ def test_pool_of_threads() -> None:
         for thread in threads:
             thread.join()
     assert not failures
+
+
+def test_closed_pool(api: Api) -> None:
+    async def check() -> None:
+        async with pool(api, 1) as p:
+            pass
+        with pytest.raises(api.closed):
+            await p.run(targets.echo, 1)
+        with pytest.raises(api.closed):
+            async for _ in p.map(targets.echo, [1]):
+                pass
+
+    api.run(check)
 
 
 def test_map_of_an_async_iterable(api: Api) -> None:
