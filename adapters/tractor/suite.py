@@ -54,8 +54,8 @@ REQUIREMENTS = (
     "stackscope>=0.2.2,<0.3", "typing-extensions>=4.14.1",
     "trio<0.31",  # whose events may be used as booleans, as tractor's debugger does
 )  # fmt: skip
-# One name for one test, whatever the method.
-METHOD_IN_NAME = re.compile(r"start_method=\w+-|-?start_method=\w+(?=\])")
+# One name for one test, whatever the method, and in each round.
+VARIES_IN_NAME = re.compile(r"start_method=\w+-|-?start_method=\w+(?=\])| at 0x[0-9a-f]+")
 Rows = dict[str, list[tuple[float, dict[str, str], int]]]  # of a method: seconds, results, orphans
 DEFAULT_SIGNALS = "--default-signal=INT,QUIT"  # a shell's background jobs ignore them
 TEST_SECONDS = 150
@@ -165,7 +165,7 @@ def one_file(
     results = {}
     for case in ElementTree.parse(xml).iter("testcase"):
         test = f"{case.get('classname', '').rpartition('.')[2]}::{case.get('name')}"
-        test = METHOD_IN_NAME.sub("", test).replace("[]", "")
+        test = VARIES_IN_NAME.sub("", test).replace("[]", "")
         skipped = case.find("skipped")
         if case.find("failure") is not None or case.find("error") is not None:
             results[test] = "failed"
