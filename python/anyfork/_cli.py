@@ -13,6 +13,7 @@ from . import __version__, _anyfork, _console, _lab
 from ._request import spawn
 
 ORIGINS = ("main", *_lab.KINDS)
+TRAITS = {"runs_in": "runs in", "memory": "memory", "may_wait_for": "may wait for"}
 CALL = "fork()"  # not a spawn method, but the first thing one wants to know
 
 
@@ -86,8 +87,11 @@ def try_methods(names: list[str], origins: list[str]) -> dict[str, dict[str, Cel
 
 def _methods(args: argparse.Namespace) -> int:
     known = {CALL: "fork on the calling thread; returns twice, in any interpreter"}
+    traits: dict[str, Any] = {CALL: {}}
     for row in _anyfork.methods():
         known[row["name"]] = "; ".join(filter(None, (row["summary"], row["lacks"])))
+        fields: dict[str, Any] = {**row}
+        traits[row["name"]] = {trait: fields[trait] for trait in TRAITS}
     names = args.method or list(known)
     unknown = [name for name in names if name not in known]
     if unknown:
@@ -103,6 +107,7 @@ def _methods(args: argparse.Namespace) -> int:
             {
                 "name": name,
                 "summary": known[name],
+                **traits[name],
                 "from": {origin: cell._asdict() for origin, cell in cells[name].items()},
                 "works": all(cell.works for cell in cells[name].values()),
             }
@@ -110,12 +115,16 @@ def _methods(args: argparse.Namespace) -> int:
         ]
         print(json.dumps({"python": _lab.python_info(), "methods": rows}, indent=2))
     else:
-        _print_methods(names, known, origins, cells)
+        _print_methods(names, known, traits, origins, cells)
     return 0 if all(cell.works for row in cells.values() for cell in row.values()) else 1
 
 
 def _print_methods(
-    names: list[str], known: dict[str, str], origins: list[str], cells: dict[str, dict[str, Cell]]
+    names: list[str],
+    known: dict[str, str],
+    traits: dict[str, dict[str, str]],
+    origins: list[str],
+    cells: dict[str, dict[str, Cell]],
 ) -> None:
     print(_lab.python_line() + "\n")
     reasons: list[str] = []
@@ -136,6 +145,8 @@ def _print_methods(
     width = max(map(len, names))
     for name in names:
         print(f"{name:<{width}}  {known[name]}")
+        for trait, text in traits[name].items():
+            print(f"{'':<{width}}    {TRAITS[trait]}: {text}")
     print("\nms: from the start of a worker until it was gone, the second one of its process")
     for i, reason in enumerate(reasons, 1):
         print(f"[{i}] {reason}")

@@ -7,8 +7,6 @@ import os
 import resource
 import signal
 
-_DOCS = "docs/methods.md"
-
 # enum anyfork_code of include/anyfork/anyfork.h
 _EINVAL, _ELAYOUT, _EUNAVAILABLE, _ESYSTEM, _EFINALIZING = range(-5000, -5005, -1)
 _ETIMEDOUT, _EDIED, _EFOREIGN, _EREAPED = range(-5006, -5010, -1)
@@ -183,7 +181,7 @@ def from_c(
             stage,
             None,
             method,
-            f"{what}; {started}`anyfork methods` shows what works here; see {_DOCS}",
+            f"{what}; {started}`anyfork methods` shows what works here, and what each method is",
         )
     if errno in (_errno.EMFILE, _errno.ENFILE):
         detail = "; ".join(filter(None, (detail, _descriptor_limit())))

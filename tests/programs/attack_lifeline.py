@@ -11,6 +11,7 @@ import ctypes
 import hashlib
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -57,6 +58,12 @@ def worker(kind: str) -> None:
             hashlib.pbkdf2_hmac("sha512", b"x", b"y", 50_000_000)
         case "setsid":
             os.setsid()
+            say()
+            time.sleep(PATIENCE)
+        case "user":  # it was root, as its owner is
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
             say()
             time.sleep(PATIENCE)
         case "blocks":  # every signal that can be
@@ -111,6 +118,15 @@ def own(method: str, kind: str, death: str, microseconds: int) -> None:
         start(1)
         pid = anyfork.fork()
         if pid == 0:
+            time.sleep(3)
+            os._exit(0)
+        start(1)
+        death = "kill"
+    elif death in ("os.fork", "subprocess"):
+        start(1)
+        if death == "subprocess":
+            subprocess.Popen(["sleep", "3"])
+        elif os.fork() == 0:
             time.sleep(3)
             os._exit(0)
         start(1)

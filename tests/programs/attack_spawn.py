@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import contextvars
 import gc
+import multiprocessing
 import os
 import select
 import signal
@@ -15,7 +16,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Any
 
 from attack_common import (
@@ -636,6 +637,57 @@ def check_status_is_not_lost(place: str) -> None:
                     same(exc.returncode, None)
         finally:
             signal.signal(signal.SIGCHLD, old)
+
+
+@contextlib.contextmanager
+def reaped_on_sigchld() -> Iterator[None]:
+    """All children, whosever they are, as gunicorn's arbiter does."""
+
+    def reap(_signal: int, _frame: object) -> None:
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+
+    old = signal.signal(signal.SIGCHLD, reap)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, old)
+
+
+@contextlib.contextmanager
+def reaped_by(call: Callable[[], object]) -> Iterator[None]:
+    """By a thread that goes on calling."""
+    stop = threading.Event()
+
+    def reap() -> None:
+        while not stop.wait(0.001):
+            with contextlib.suppress(ChildProcessError):
+                call()
+
+    thread = threading.Thread(target=reap)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(LIMIT)
+
+
+@places("main")
+def check_status_beside_hosts_that_reap(place: str) -> None:
+    """os.wait() is how tornado's fork_processes() waits; it sleeps while there are children,
+    and one that lives on would keep the thread."""
+    for method in available():
+        for host in (
+            reaped_on_sigchld(),
+            reaped_by(os.wait),
+            reaped_by(multiprocessing.active_children),
+        ):
+            with host:
+                for code in range(10):
+                    with anyfork.spawn(sys.exit, code, method=method) as child:
+                        same((method, child.wait(LIMIT)), (method, code))
 
 
 @places("main", "isolated")

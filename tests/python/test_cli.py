@@ -10,7 +10,7 @@ import sysconfig
 
 import pytest
 
-from anyfork import _anyfork, _cli, _console, _doctor
+from anyfork import MethodUnavailable, _anyfork, _cli, _console, _doctor, _errors
 
 COMMANDS = ("methods", "doctor", "smoketest", "serve", "demo")
 FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
@@ -100,6 +100,17 @@ def test_methods_prints_a_table_of_what_was_asked_for():
     header, _line, row = run.stdout.splitlines()[2:5]
     assert header.split() == ["method", "from", "isolated"]
     assert row.split()[:2] == ["subint_fork", "works"]
+    (method,) = (row for row in _anyfork.methods() if row["name"] == "subint_fork")
+    for trait in ("summary", "runs_in", "memory", "may_wait_for"):
+        assert method[trait] in run.stdout, trait
+
+
+def test_what_is_unavailable_names_this_command_and_no_file_of_the_source():
+    error = _errors.from_c(_errors._EUNAVAILABLE, "layout", 0, "fork", "the reason", 0)
+    assert isinstance(error, MethodUnavailable)
+    assert "the reason" in str(error)
+    assert "`anyfork methods`" in str(error)
+    assert "docs/" not in str(error)
 
 
 def crash(name: str, origin: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 
@@ -11,12 +12,15 @@ from attack_helpers import PLACES, run_program
 import anyfork
 
 METHODS = [row.name for row in anyfork.methods() if row.has_process]
-KINDS = ("busy", "sleep", "held", "hash", "setsid", "blocks", "stopped", "closed")
+KINDS = ["busy", "sleep", "held", "hash", "setsid", "blocks", "stopped", "closed"]
+KINDS += ["user"] if os.geteuid() == 0 else []
 DEATHS = {
     "kill": -signal.SIGKILL,
     "thread": -signal.SIGKILL,
     "sibling": -signal.SIGKILL,
     "slow-sibling": -signal.SIGKILL,
+    "os.fork": -signal.SIGKILL,
+    "subprocess": -signal.SIGKILL,
     "_exit": 0,
     "segfault": -signal.SIGSEGV,
     "terminate": -signal.SIGTERM,
@@ -26,7 +30,7 @@ DEATHS = {
 
 
 # While these go on, a child sleeps for seconds.
-SLOW = ("sibling", "slow-sibling")
+SLOW = ("sibling", "slow-sibling", "os.fork", "subprocess")
 
 
 def rounds(scale: float, death: str) -> range:
