@@ -22,7 +22,7 @@ from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
 from . import _request, _session, _template
 from ._errors import SpawnError, WorkerDied
 from ._heartbeat import Verdict
-from ._link import FORKED, STARTS, Chunks, Link, context_of, pool_sizes
+from ._link import FORKED, STARTS, Chunks, Link, checked_timeout, context_of, pool_sizes
 from ._options import Options
 
 if TYPE_CHECKING:
@@ -34,6 +34,11 @@ GRACE = 0.5
 _AHEAD = 32  # results that are given without a turn of the loop
 _CUT_OFF = 1.0  # seconds that a task has to notice that its worker was killed
 
+_OTHER_LOOP = (
+    "these workers are of another event loop: open others in this one, or use anyfork.sync, whose "
+    "workers any thread may call"
+)
+
 
 class _Trio:
     """trio's way of waiting."""
@@ -44,6 +49,8 @@ class _Trio:
         import trio
 
         self.now = trio.current_time
+        self._current_token = trio.lowlevel.current_trio_token
+        self._token = self._current_token()
         self._wait_readable = trio.lowlevel.wait_readable
         self._move_on_after = trio.move_on_after
 
@@ -59,6 +66,11 @@ class _Trio:
     def forget(self, link: Link) -> None:
         pass
 
+    def check(self) -> None:
+        """RuntimeError in another loop than that which these workers were opened in."""
+        if self._current_token() is not self._token:
+            raise RuntimeError(_OTHER_LOOP)
+
     def shield(self) -> contextlib.AbstractContextManager[object]:
         return anyio.CancelScope(shield=True)
 
@@ -71,7 +83,8 @@ class _Asyncio:
     def __init__(self) -> None:
         import asyncio
 
-        self._loop = asyncio.get_running_loop()
+        self._running = asyncio.get_running_loop
+        self._loop = self._running()
         self.now = self._loop.time
         self._watches: dict[int, _Watch] = {}
 
@@ -94,6 +107,11 @@ class _Asyncio:
         watch = self._watches.pop(link.fd, None)
         if watch is not None:
             watch.end()
+
+    def check(self) -> None:
+        """RuntimeError in another loop than that which these workers were opened in."""
+        if self._running() is not self._loop:
+            raise RuntimeError(_OTHER_LOOP)
 
     def shield(self) -> contextlib.AbstractContextManager[object]:
         return anyio.CancelScope(shield=True)
@@ -267,6 +285,8 @@ class Stream:
         try:
             await self._io.wait(self._link, None)
             self._link.advance()
+            if self._call.failure is not None:
+                raise self._call.failure
             if self._link.over and not self._call.done:
                 await self._link.lost(self._call)
         finally:
@@ -371,6 +391,20 @@ class Worker:
         self._io = io
         self._link = link
         self._turns = _Turns(1)
+        self._streaming: int | None = None  # the task whose stream is open
+        self._closed = False
+
+    async def _acquire(self) -> None:
+        self._link.check_ours()
+        self._io.check()
+        if self._closed:
+            raise anyio.ClosedResourceError
+        if self._streaming is not None and self._streaming == anyio.get_current_task().id:
+            raise RuntimeError(
+                "this task has a stream of this worker open, which does one thing at a time: use "
+                "another worker, or a pool"
+            )
+        await self._turns.acquire()
 
     @property
     def pid(self) -> int | None:
@@ -418,9 +452,9 @@ class Worker:
         Cancelled, the worker is asked to leave the call (:class:`anyfork.Cancelled` is raised
         where it is), and killed if it does not within ``grace``.
         """
-        await self._turns.acquire()
+        await self._acquire()
         try:
-            self._check()
+            await self._check()
             return await self._link.run(fn, args, timeout, _extras(context), on_progress)
         finally:
             self._turns.release()
@@ -443,12 +477,13 @@ class Worker:
         Args and errors: as of :meth:`run`; what the target raises is raised by the stream, or at
         the end of the block.
         """
-        await self._turns.acquire()
+        await self._acquire()
         try:
-            self._check()
+            await self._check()
             call = await self._link.open_stream(fn, args, _extras(context) or {})
             call.on_progress = on_progress
             stream = Stream(self._io, self._link, call)
+            self._streaming = anyio.get_current_task().id
             try:
                 yield stream
                 if not (call.done or self._link.over):
@@ -456,19 +491,23 @@ class Worker:
                 if call.done and not stream._told:
                     stream._outcome()
             finally:
+                self._streaming = None
                 await stream._close()
         finally:
             self._turns.release()
 
-    def _check(self) -> None:
+    async def _check(self) -> None:
         self._link.check_ours()
+        if self._closed:
+            raise anyio.ClosedResourceError
         if self._link.over:
-            raise self._link.death()
+            await self._link.raise_death()
 
     async def _close(self) -> None:
         """A call of another task that still runs is cut off."""
         if self._link.child._foreign:
             return
+        self._closed = True
         if not self._turns.all_free():
             self._link.kill()
             await self._turns.acquire_all(_CUT_OFF)
@@ -549,6 +588,7 @@ class Pool:
         self._start_timeout: float | None = spec.pop("start_timeout")
         self._spec = spec
         self._owner = os.getpid()
+        self._cancelled = anyio.get_cancelled_exc_class()
         self._turns = _Turns(high)
         self._idle: list[tuple[Link, float]] = []  # and since when
         self._links: set[Link] = set()
@@ -593,6 +633,9 @@ class Pool:
         """A worker that is ready, for one call; to be given back."""
         if os.getpid() != self._owner:
             raise ValueError(FORKED)
+        self._io.check()
+        if self._closed:
+            raise anyio.ClosedResourceError
         await self._turns.acquire()
         try:
             if self._closed:
@@ -741,7 +784,9 @@ class Pool:
 
         Nothing is sent before the first result is asked for.
         """
-        return Results(self, fn, iterable, Chunks(chunks), ordered, return_exceptions, deadline)
+        limit = None if deadline is None else self._io.now() + checked_timeout(deadline, "deadline")
+        mapping = _Mapping(self, fn, iterable, Chunks(chunks), ordered)
+        return Results(mapping, return_exceptions, limit)
 
     def statistics(self) -> dict[str, Any]:
         """Counts: "workers" now, and how many of them are "idle"; so far "started", "died" and
@@ -757,9 +802,8 @@ class Pool:
         return [link.child.pid for link in self._links]
 
 
-class Results:
-    """The async iterator of :meth:`Pool.map`. :meth:`aclose` cancels what still runs, which the
-    end of the iteration, and of the pool, does too."""
+class _Mapping:
+    """What :meth:`Pool.map` is at. Its tasks hold it, not the user's iterator, which may go."""
 
     def __init__(
         self,
@@ -768,10 +812,8 @@ class Results:
         iterable: Iterable[Any] | AsyncIterable[Any],
         chunks: Chunks,
         ordered: bool,
-        return_exceptions: bool,
-        deadline: float | None,
     ) -> None:
-        self._pool = pool
+        self.pool = pool
         self._fn = fn
         self._items: Iterator[Any] | AsyncIterator[Any]
         if isinstance(iterable, AsyncIterable):
@@ -780,22 +822,18 @@ class Results:
             self._items = iter(iterable)
         self._chunks = chunks
         self._ordered = ordered
-        self._return_exceptions = return_exceptions
-        self._deadline = None if deadline is None else pool._io.now() + deadline
-        self._scopes: set[anyio.CancelScope] = set()
-        self._begun = self._finished = False
+        self.scopes: set[anyio.CancelScope] = set()
         self._pulling = anyio.Lock()
-        self._exhausted = False
+        self.exhausted = False
         self._left: deque[list[tuple[int, Any]]] = deque()
-        self._pulled = 0  # items taken from the iterable
-        self._given = 0  # results that the user has
-        self._ahead = 0
-        self._done: dict[int, _session.Outcome] = {}
+        self.pulled = 0  # items taken from the iterable
+        self.given = 0  # results that the user has
+        self.done: dict[int, _session.Outcome] = {}
         self._order: deque[int] = deque()  # as completed
         self._news = anyio.Event()
         self._waiting = 0
-        self._feeding = 0
-        self._failure: BaseException | None = None
+        self.feeding = 0
+        self.failure: BaseException | None = None
 
     # ---- feeding -----------------------------------------------------------------------
 
@@ -805,20 +843,20 @@ class Results:
             return self._left.popleft()
         async with self._pulling:
             # As much as may be under way while nobody takes results.
-            while self._pulled - self._given > 4 * self._pool.size * self._chunks.size:
-                await self._wait()
+            while self.pulled - self.given > 4 * self.pool.size * self._chunks.size:
+                await self.wait()
             chunk: list[tuple[int, Any]] = []
-            while len(chunk) < self._chunks.size and not self._exhausted:
+            while len(chunk) < self._chunks.size and not self.exhausted:
                 try:
                     if isinstance(self._items, AsyncIterator):
                         item = await anext(self._items)
                     else:
                         item = next(self._items)
                 except (StopIteration, StopAsyncIteration):
-                    self._exhausted = True
+                    self.exhausted = True
                     break
-                chunk.append((self._pulled, item))
-                self._pulled += 1
+                chunk.append((self.pulled, item))
+                self.pulled += 1
                 if isinstance(self._items, AsyncIterator):
                     break  # the next one may be long in coming
             return chunk or None
@@ -830,26 +868,28 @@ class Results:
                 while (chunk := await self._pull()) is not None or self._left:
                     if chunk is None:
                         chunk = self._left.popleft()
-                    link = await self._pool._take()
+                    link = await self.pool._take()
                     try:
                         await self._perform(link, chunk)
                     finally:
-                        await self._pool._give(link)
-        except Exception as exc:  # the iterable's, or no worker can be started
-            self._failure = self._failure or exc
+                        await self.pool._give(link)
+        except self.pool._cancelled:
+            raise
+        except BaseException as exc:  # the iterable's, or no worker can be started
+            self.failure = self.failure or exc
         finally:
-            self._feeding -= 1
-            self._tell()
+            self.feeding -= 1
+            self.tell()
 
     @contextlib.contextmanager
     def _scope_of_feeder(self) -> Iterator[None]:
         scope = anyio.CancelScope()
-        self._scopes.add(scope)
+        self.scopes.add(scope)
         try:
             with scope:
                 yield
         finally:
-            self._scopes.discard(scope)
+            self.scopes.discard(scope)
 
     async def _perform(self, link: Link, chunk: list[tuple[int, Any]]) -> None:
         try:
@@ -862,30 +902,31 @@ class Results:
             return
         indices = iter([index for index, _item in chunk])
         call.on_answer = lambda outcome: self._answer(next(indices), outcome)
-        began = self._pool._io.now()
+        began = self.pool._io.now()
         left = 0
         try:
             await link.perform(call, message)
         finally:
             left = call.unbegun
             link.statistics["calls"] += len(chunk) - left
+            call.on_answer = call.outcomes.append  # the link keeps the call, not this
         if left:
             self._left.append(chunk[-left:])
         elif not link.over:
-            self._chunks.took(self._pool._io.now() - began, len(chunk))
+            self._chunks.took(self.pool._io.now() - began, len(chunk))
 
     def _answer(self, index: int, outcome: _session.Outcome) -> None:
-        self._done[index] = outcome
+        self.done[index] = outcome
         if not self._ordered:
             self._order.append(index)
-        self._tell()
+        self.tell()
 
-    def _tell(self) -> None:
+    def tell(self) -> None:
         if self._waiting:
             news, self._news = self._news, anyio.Event()
             news.set()
 
-    async def _wait(self) -> None:
+    async def wait(self) -> None:
         self._waiting += 1
         try:
             await self._news.wait()
@@ -894,56 +935,84 @@ class Results:
 
     # ---- taking ------------------------------------------------------------------------
 
+    def begin(self) -> None:
+        if self.pool._closed:
+            raise anyio.ClosedResourceError
+        self.feeding = self.pool.size
+        for _ in range(self.pool.size):
+            self.pool._group.start_soon(self._feed)
+
+    def next_index(self) -> int | None:
+        if self._ordered:
+            return self.given if self.given in self.done else None
+        return self._order.popleft() if self._order else None
+
+    def cancel(self) -> None:
+        for scope in self.scopes:
+            scope.cancel()
+
+
+class Results:
+    """The async iterator of :meth:`Pool.map`.
+
+    What still runs is cancelled by :meth:`aclose`, by an exception in the middle of it (a
+    cancellation, too), when it is dropped, and at the end of the pool's block.
+    """
+
+    def __init__(self, mapping: _Mapping, return_exceptions: bool, deadline: float | None) -> None:
+        self._mapping = mapping
+        self._return_exceptions = return_exceptions
+        self._deadline = deadline
+        self._begun = self._finished = False
+        self._ahead = 0
+
     def __aiter__(self) -> Self:
         return self
-
-    def _begin(self) -> None:
-        if self._pool._closed:
-            raise anyio.ClosedResourceError
-        self._begun = True
-        self._feeding = self._pool.size
-        for _ in range(self._pool.size):
-            self._pool._group.start_soon(self._feed)
-
-    def _next_index(self) -> int | None:
-        if self._ordered:
-            return self._given if self._given in self._done else None
-        return self._order.popleft() if self._order else None
 
     async def __anext__(self) -> Any:
         if self._finished:
             raise StopAsyncIteration
+        mapping = self._mapping
         if not self._begun:
-            self._begin()
-        # Every item could be cancelled; others get their turn with every so many, and whenever
-        # there is none yet. A whole checkpoint takes longer than a small call.
-        self._ahead += 1
-        await (checkpoint_if_cancelled() if self._ahead % _AHEAD else checkpoint())
-        while (index := self._next_index()) is None:
-            if self._failure is not None:
-                await self.aclose()
-                raise self._failure
-            if not self._feeding:
-                if self._given == self._pulled and self._exhausted:
-                    self._finished = True
-                    raise StopAsyncIteration
-                raise anyio.ClosedResourceError  # the pool has
-            await self._wait_in_time()
-        self._given += 1
-        self._tell()
-        returned, value = self._done.pop(index)
+            mapping.begin()
+            self._begun = True
+        try:
+            index = await self._next(mapping)
+        except BaseException:
+            self._finished = True
+            mapping.cancel()
+            raise
+        mapping.given += 1
+        mapping.tell()
+        returned, value = mapping.done.pop(index)
         if returned or self._return_exceptions:
             return value
         await self.aclose()
         raise value
 
-    async def _wait_in_time(self) -> None:
+    async def _next(self, mapping: _Mapping) -> int:
+        # Every item could be cancelled; others get their turn with every so many, and whenever
+        # there is none yet. A whole checkpoint takes longer than a small call.
+        self._ahead += 1
+        await (checkpoint_if_cancelled() if self._ahead % _AHEAD else checkpoint())
+        while (index := mapping.next_index()) is None:
+            if mapping.failure is not None:
+                await self.aclose()
+                raise mapping.failure
+            if not mapping.feeding:
+                if mapping.given == mapping.pulled and mapping.exhausted:
+                    raise StopAsyncIteration
+                raise anyio.ClosedResourceError  # the pool has
+            await self._wait_in_time(mapping)
+        return index
+
+    async def _wait_in_time(self, mapping: _Mapping) -> None:
         if self._deadline is None:
-            await self._wait()
+            await mapping.wait()
             return
-        left = max(0.0, self._deadline - self._pool._io.now())
+        left = max(0.0, self._deadline - mapping.pool._io.now())
         with anyio.move_on_after(left) as scope:
-            await self._wait()
+            await mapping.wait()
         if scope.cancelled_caught:
             await self.aclose()
             raise TimeoutError("the results were not there by the deadline")
@@ -951,18 +1020,15 @@ class Results:
     async def aclose(self) -> None:
         """Cancel what still runs; returns when it does no more."""
         self._finished = True
-        if self._begun:
-            for scope in self._scopes:
-                scope.cancel()
-            with anyio.CancelScope(shield=True):
-                while self._feeding:
-                    await self._wait()
+        self._mapping.cancel()
+        with anyio.CancelScope(shield=True):
+            while self._mapping.feeding:
+                await self._mapping.wait()
         await checkpoint()
 
     def __del__(self) -> None:
         if self._begun and not self._finished:
-            for scope in self._scopes:
-                scope.cancel()
+            self._mapping.cancel()
 
 
 @contextlib.asynccontextmanager

@@ -16,7 +16,7 @@ import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextvars import ContextVar
-from typing import Any, Protocol, Self
+from typing import Any, NoReturn, Protocol, Self
 
 from . import _anyfork, _heartbeat, _memory, _request, _session, _worker
 from ._child import Child
@@ -113,6 +113,7 @@ class Link:
         options: Options,
     ) -> Self:
         """Start the worker; :meth:`ready` waits for it."""
+        checked_timeout(grace, "grace")
         name = _request.DEFAULT if method is None else method
         traits = _request.TRAITS.get(name)
         if traits is None:  # says so
@@ -160,7 +161,10 @@ class Link:
                 if self.over and not self.session.ready:
                     died = await self._death()
                     exc = self.child.exception(0)
-                    raise exc if exc is not None and not isinstance(exc, WorkerDied) else died
+                    if exc is not None and not isinstance(exc, WorkerDied):
+                        raise exc
+                    died.add_note("It had not come to take calls: its initializer ran, or before.")
+                    raise died
         except BaseException:
             with self._io.shield():
                 await self.end(0)
@@ -170,7 +174,9 @@ class Link:
         if deadline is None:
             await self._io.wait(self, None)
         elif not await self._io.wait(self, max(0.0, deadline - self._io.now())):
-            raise TimeoutError(f"{worker_name(self.child.pid)} did not answer in time")
+            raise TimeoutError(
+                f"{worker_name(self.child.pid)} did not answer within the timeout that was given"
+            )
 
     async def close(self) -> None:
         """:meth:`end`, whatever comes in between."""
@@ -179,6 +185,7 @@ class Link:
                 await self.end()
         except BaseException:
             self._io.forget(self)
+            self._stderr = -1
             self.child.close()  # kills it
             raise
 
@@ -190,6 +197,7 @@ class Link:
             return
         await self._await_end(self.grace if grace is None else grace)
         self._pump()
+        self._stderr = -1
         self._io.forget(self)
         self._epoll.close()
         self.beats = None  # its descriptor goes with it
@@ -217,6 +225,10 @@ class Link:
             self.child.kill()
         elif not self.channel.closed:
             self.channel.shutdown()
+
+    async def raise_death(self) -> NoReturn:
+        """For a call of a worker that is of no use any more."""
+        raise await self._death()
 
     async def lost(self, call: Call) -> None:
         """It says nothing more, and this call was not answered."""
@@ -376,8 +388,8 @@ class Link:
         on_progress: Callable[[Any], object] | None = None,
     ) -> Any:
         """One call, to its end."""
+        deadline = None if timeout is None else self._io.now() + checked_timeout(timeout)
         call, message = self.begin(fn, args, extras, on_progress)
-        deadline = None if timeout is None else self._io.now() + timeout
         await self.perform(call, message, deadline)
         return self.outcome(call)
 
@@ -408,11 +420,13 @@ class Link:
                 call.started = True  # before it is: an interrupt may come right behind that
                 if not self.channel.send(*message):
                     await self.send(call, message, deadline)
-            while not call.done:
+            while not call.done and call.failure is None:
                 await self._wait(deadline)
                 self.advance()
                 if self.over and not call.done:
                     call.lost(await self._death())
+            if call.failure is not None:
+                raise call.failure
         except ConnectionError:
             call.started = False
             self._over()
@@ -577,6 +591,15 @@ def cpus() -> float:
     except (OSError, StopIteration, ValueError):
         return allowed
     return allowed if quota == "max" else min(allowed, int(quota) / int(period))
+
+
+def checked_timeout(timeout: Any, name: str = "timeout") -> float:
+    """TypeError or ValueError, if it is not a number of seconds."""
+    if not isinstance(timeout, int | float) or isinstance(timeout, bool):
+        raise TypeError(f"{name}: seconds are wanted, not {timeout!r}")
+    if not timeout >= 0:
+        raise ValueError(f"{name}: {timeout} is negative")
+    return timeout
 
 
 class Chunks:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -256,6 +257,7 @@ class Call:
     __slots__ = (
         "count",
         "done",
+        "failure",
         "first",
         "on_answer",
         "on_progress",
@@ -273,6 +275,7 @@ class Call:
         self.done = False  # the worker has answered all of it
         self.outcomes: deque[Outcome] = deque()
         self.started = False  # the worker may have it
+        self.failure: Exception | None = None  # of what is called here for it
         self.unbegun = 0
         self.stream: Stream | None = None
         self.on_progress: Callable[[Any], object] | None = None
@@ -346,12 +349,16 @@ class Session:
         """Take in a message. Raises ProtocolError, with which the worker is of no use any more."""
         kind, number_, parts, fds = message
         call = self.call
+        if not parts and kind in _WITH_PARTS:
+            _drop(fds)
+            raise ProtocolError(f"message {kind} without its content")
         if kind == RESULT and call is not None and number_ == call.first + call.received:
             call.answer(_loaded(parts, fds))  # first: most are so
         elif kind == READY:
+            _drop(fds)
             self.ready = True
         elif kind == LOG:
-            _log(load(parts, fds))
+            _log(parts, fds)
         elif call is None or not call.first <= number_ < call.first + call.count:
             _drop(fds)
             if number_ >= self._next or kind not in _OF_CALLS:
@@ -359,14 +366,18 @@ class Session:
         elif kind in _ANSWERS:
             if number_ != call.first + call.received or call.done:
                 raise ProtocolError(f"an answer to call {number_} out of turn")
+            _drop(fds)
             if kind == RAISED:
                 call.answer((False, restore(bytes(parts[0]))))
             else:
                 call.answer((False, CallCancelled()))
         elif kind == PROGRESS:
-            value = load(parts, fds)
-            if call.on_progress is not None:
-                call.on_progress(value)
+            try:
+                value = load(parts, fds)
+                if call.on_progress is not None:
+                    call.on_progress(value)
+            except Exception as exc:  # whoever waits for the call is told
+                call.failure = call.failure or exc
         elif kind in _STREAMS and call.stream is not None:
             call.stream.received(kind, parts, fds)
         else:
@@ -377,6 +388,7 @@ class Session:
 _ANSWERS = (RESULT, RAISED, CANCELLED)
 _STREAMS = (ITEM, END, CREDIT)
 _OF_CALLS = (*_ANSWERS, *_STREAMS, PROGRESS)
+_WITH_PARTS = (RESULT, RAISED, ITEM, CREDIT, PROGRESS, LOG)
 
 
 def _drop(fds: Sequence[int]) -> None:
@@ -388,14 +400,22 @@ def _loaded(parts: Sequence[Any], fds: Sequence[int]) -> Outcome:
     try:
         return True, load(parts, fds)
     except Exception as exc:
-        exc.add_note("The target returned, but its result cannot be unpickled here.")
-        return False, exc
+        failure = exc
+    except (SystemExit, GeneratorExit) as exc:  # not this program's end
+        failure = pickle.UnpicklingError(repr(exc))
+        failure.__cause__ = exc
+    failure.add_note("The target returned, but its result cannot be unpickled here.")
+    return False, failure
 
 
-def _log(record: dict[str, Any]) -> None:
+def _log(parts: Sequence[Any], fds: Sequence[int]) -> None:
     import logging
 
-    made = logging.makeLogRecord(record)
-    logger = logging.getLogger(made.name)
-    if logger.isEnabledFor(made.levelno):
-        logger.handle(made)
+    try:
+        made = logging.makeLogRecord(load(parts, fds))
+        logger = logging.getLogger(made.name)
+        if logger.isEnabledFor(made.levelno):
+            logger.handle(made)
+    except Exception:  # as logging does with what goes wrong in it
+        if logging.raiseExceptions:
+            sys.excepthook(*sys.exc_info())

@@ -57,6 +57,8 @@ def main(fd: int, spec: dict[str, Any]) -> None:
 
 
 _current: _Serving | None = None
+# What copies its context (asyncio.to_thread(), say) goes on to be of its call.
+_call: contextvars.ContextVar[int] = contextvars.ContextVar("anyfork call")
 
 
 def report_progress(value: object) -> None:
@@ -66,8 +68,10 @@ def report_progress(value: object) -> None:
     serves there. Raises: what pickling raises.
     """
     serving = _current
-    if serving is not None and serving.call is not None:
-        serving.say(_session.PROGRESS, serving.call, *_session.dump(value))
+    number = None if serving is None else serving.call
+    if serving is None or number is None or _call.get(number) != number:
+        return  # no call, or another one than that which this was begun for
+    serving.say(_session.PROGRESS, number, *_session.dump(value))
 
 
 class _Serving:
@@ -165,9 +169,10 @@ class _Serving:
                 os.close(fd)
             return
         self.call = number
+        _call.set(number)
         try:
             content = _session.load(parts, fds)
-        except Exception as exc:
+        except BaseException as exc:
             exc.add_note("The call could not be unpickled in the worker.")
             self.say(_session.RAISED, number, (_boot.describe(exc),))
         else:
@@ -244,7 +249,7 @@ class _Serving:
             self.say(_session.RESULT, number, parts, fds)
         except ConnectionError:
             pass  # the owner has gone
-        except Exception as exc:
+        except BaseException as exc:  # whatever its pickling raises is the call's
             kind = type(result)
             exc.add_note(
                 "The target returned, but its result cannot be sent: it is of type "

@@ -11,6 +11,7 @@ import select
 import sysconfig
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from contextvars import ContextVar
@@ -19,7 +20,7 @@ from typing import Any, Unpack
 from . import _session
 from ._errors import SpawnError, WorkerDied
 from ._heartbeat import Verdict
-from ._link import FORKED, STARTS, Chunks, Link, context_of, cpus, pool_sizes
+from ._link import FORKED, STARTS, Chunks, Link, checked_timeout, context_of, cpus, pool_sizes
 from ._options import Options
 
 __all__ = ["Pool", "Stream", "Worker", "open_pool", "open_worker"]
@@ -27,6 +28,7 @@ __all__ = ["Pool", "Stream", "Worker", "open_pool", "open_worker"]
 GRACE = 0.5
 """Seconds that a cancelled call, or a worker that is to end, has to do so by itself."""
 
+_LOOK_SECONDS = 0.1  # between looks at maps that another thread may have left alone
 _CUT_OFF = 1.0  # seconds that a thread has to notice that its worker was killed
 
 # Waiting for an answer without giving up the GIL saves its way back, which takes 5 ms for
@@ -75,11 +77,11 @@ class _Link(Link):
     ) -> Any:
         """:meth:`run`, for a thread that may be blocked."""
         extras = {"context": context_of(context)} if context else None
+        deadline = None if timeout is None else time.monotonic() + checked_timeout(timeout)
         call, message = self.begin(fn, args, extras, on_progress)
-        deadline = None if timeout is None else time.monotonic() + timeout
         if self._polling and (timeout is None or timeout > _POLLED):
             self._poll(call, message)
-        if not call.done:
+        if not call.done or call.failure is not None:
             _drive(self.perform(call, message, deadline))
         return self.outcome(call)
 
@@ -150,6 +152,8 @@ class Stream:
         self._link.check_ours()
         _drive(self._io.wait(self._link, None))
         self._link.advance()
+        if self._call.failure is not None:
+            raise self._call.failure
         if self._link.over and not self._call.done:
             _drive(self._link.lost(self._call))
 
@@ -236,6 +240,28 @@ class Worker:
         self._io = io
         self._link = link
         self._turn = threading.Lock()
+        self._thread: int | None = None  # whose call it is
+        self._closed = False
+
+    @contextlib.contextmanager
+    def _own_turn(self) -> Iterator[None]:
+        self._link.check_ours()  # before it waits for threads that are not here
+        me = threading.get_ident()
+        if self._thread == me:
+            raise RuntimeError(
+                "this thread is in a call of this worker already, in a stream's block or beneath a "
+                "signal handler: use another worker, or a pool"
+            )
+        with self._turn:
+            self._thread = me
+            try:
+                if self._closed:
+                    raise ValueError("this worker is closed: its block has ended")
+                if self._link.over:
+                    _drive(self._link.raise_death())
+                yield
+            finally:
+                self._thread = None
 
     @property
     def pid(self) -> int | None:
@@ -271,10 +297,7 @@ class Worker:
         As :meth:`anyfork.anyio.Worker.run`. An exception in the caller meanwhile, Ctrl-C say,
         cancels the call.
         """
-        self._link.check_ours()  # before it waits for threads that are not here
-        with self._turn:
-            if self._link.over:
-                raise self._link.death()
+        with self._own_turn():
             return self._link.call(fn, args, timeout, context, on_progress)
 
     @contextlib.contextmanager
@@ -288,10 +311,7 @@ class Worker:
     ) -> Iterator[Stream]:
         """Call ``fn(stream, *args)`` in the worker, and talk with it meanwhile: as
         :meth:`anyfork.anyio.Worker.open_stream`."""
-        self._link.check_ours()  # before it waits for threads that are not here
-        with self._turn:
-            if self._link.over:
-                raise self._link.death()
+        with self._own_turn():
             call = _drive(self._link.open_stream(fn, args, _extras(context) or {}))
             call.on_progress = on_progress
             stream = Stream(self._io, self._link, call)
@@ -308,6 +328,7 @@ class Worker:
         """A call of another thread that still runs is cut off."""
         if self._link.child._foreign:
             return
+        self._closed = True
         mine = self._turn.acquire(blocking=False)
         if not mine:
             self._link.kill()
@@ -393,6 +414,7 @@ class Pool:
         self._closed = False
         self._ended = {"calls": 0, "failed": 0, "cancelled": 0}
         self._counts = {"started": 0, "died": 0, "recycled": 0}
+        self._maps: weakref.WeakSet[_Mapping] = weakref.WeakSet()
 
     # ---- workers -----------------------------------------------------------------------
 
@@ -425,7 +447,17 @@ class Pool:
             while not self._free and not self._closed:
                 if not wait:
                     return None
-                self._changed.wait()
+                # Maps that nobody takes from at this moment have workers, perhaps, whose
+                # answers nobody looks at.
+                maps = [m for m in self._maps if m.is_at_rest()]
+                if not maps:
+                    self._changed.wait(_LOOK_SECONDS if self._maps else None)
+                    continue
+                self._changed.release()
+                try:
+                    _advance_any(maps)
+                finally:
+                    self._changed.acquire()
             if self._closed:
                 raise ValueError("this pool is closed")
             self._free -= 1
@@ -530,6 +562,9 @@ class Pool:
         """Calls of other threads that still run are cut off."""
         if os.getpid() != self._owner:
             return
+        for mapping in list(self._maps):
+            if mapping.is_at_rest():
+                mapping.stop()
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -589,7 +624,7 @@ class Pool:
         :meth:`anyfork.anyio.Pool.map`. The thread that takes results sees to all of them;
         nothing is sent while it does something else."""
         mapping = _Mapping(self, fn, iter(iterable), Chunks(chunks), ordered)
-        limit = None if deadline is None else self._io.now() + deadline
+        limit = None if deadline is None else self._io.now() + checked_timeout(deadline, "deadline")
         return mapping.results(return_exceptions, limit)
 
     def statistics(self) -> dict[str, Any]:
@@ -641,24 +676,57 @@ class _Mapping:
         self._order: deque[int] = deque()
         self._running: dict[int, _Running] = {}  # by the descriptor of their links
         self._epoll = select.epoll()
+        self._lock = threading.RLock()  # of whoever looks after it
+        pool._maps.add(self)
 
     def results(self, return_exceptions: bool, limit: float | None) -> Iterator[Any]:
         try:
             while True:
-                self._fill()
-                index = self._next_index()
-                if index is not None:
-                    self._given += 1
-                    returned, value = self._done.pop(index)
-                    if not returned and not return_exceptions:
-                        raise value
-                    yield value
-                elif self._running:
-                    self._advance(limit)
-                elif self._exhausted and not self._left:
+                with self._lock:
+                    if self._pool._closed:
+                        raise ValueError("this pool is closed: its block has ended")
+                    outcome = self._next(limit)
+                if outcome is None:
                     return
+                returned, value = outcome
+                if not returned and not return_exceptions:
+                    raise value
+                yield value
         finally:
-            self._stop()
+            self.stop()
+
+    def _next(self, limit: float | None) -> _session.Outcome | None:
+        """The next outcome; None: there is no more."""
+        while True:
+            self._fill()
+            index = self._next_index()
+            if index is not None:
+                self._given += 1
+                return self._done.pop(index)
+            if self._running:
+                self._advance(limit)
+            elif self._exhausted and not self._left:
+                return None
+
+    def is_at_rest(self) -> bool:
+        """Whether it has workers, and nobody looks after them."""
+        if not self._running or not self._lock.acquire(blocking=False):
+            return False
+        self._lock.release()
+        return True
+
+    def look(self) -> None:
+        """Take in what its workers have answered, for whoever wants a worker."""
+        if self._lock.acquire(blocking=False):
+            try:
+                if self._running:
+                    self._take_in(0)
+            finally:
+                self._lock.release()
+
+    @property
+    def wait_fd(self) -> int:
+        return self._epoll.fileno()
 
     def _next_index(self) -> int | None:
         if self._ordered:
@@ -724,7 +792,10 @@ class _Mapping:
         left = None if limit is None else limit - self._pool._io.now()
         if left is not None and left <= 0:
             raise TimeoutError("the results were not there by the deadline")
-        for fd, _events in self._epoll.poll(left):
+        self._take_in(left)
+
+    def _take_in(self, seconds: float | None) -> None:
+        for fd, _events in self._epoll.poll(seconds):
             running = self._running[fd]
             link, call = running.link, running.call
             link.advance()
@@ -738,6 +809,7 @@ class _Mapping:
         del self._running[link.fd]
         self._epoll.unregister(link.fd)
         link.statistics["calls"] += len(chunk) - call.unbegun
+        call.on_answer = call.outcomes.append  # the link keeps the call, not this
         if call.unbegun and call.started:
             self._left.append(chunk[-call.unbegun :])
         elif not call.started and link.over:
@@ -746,15 +818,29 @@ class _Mapping:
             self._chunks.took(time.monotonic() - running.began, len(chunk))
         self._pool._give(link)
 
-    def _stop(self) -> None:
+    def stop(self) -> None:
+        """Cancel what still runs, and let go of all."""
         if os.getpid() != self._pool._owner:
             return
-        for running in list(self._running.values()):
-            try:
-                _drive(running.link.leave(running.call))
-            finally:
-                self._ended(running)
-        self._epoll.close()
+        with self._lock:
+            self._pool._maps.discard(self)
+            for running in list(self._running.values()):
+                try:
+                    _drive(running.link.leave(running.call))
+                finally:
+                    self._ended(running)
+            self._epoll.close()
+
+
+def _advance_any(maps: list[_Mapping]) -> None:
+    """Wait, for a while, until one of them has been answered something; take that in."""
+    poll = select.poll()
+    for mapping in maps:
+        with contextlib.suppress(ValueError):  # it has ended meanwhile
+            poll.register(mapping.wait_fd, select.POLLIN)
+    poll.poll(_LOOK_SECONDS * 1000)
+    for mapping in maps:
+        mapping.look()
 
 
 @contextlib.contextmanager

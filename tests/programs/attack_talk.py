@@ -194,9 +194,11 @@ def memory_cgroup() -> Iterator[str | None]:
             continue
         try:
             for name in (*limits, "memory.swap.max"):
-                with contextlib.suppress(*([OSError] if "swap" in name else [])):
-                    with open(f"{new}/{name}", "w") as file:
-                        file.write("0" if "swap" in name else str(OOM_LIMIT))
+                with (
+                    contextlib.suppress(*([OSError] if "swap" in name else [])),
+                    open(f"{new}/{name}", "w") as file,
+                ):
+                    file.write("0" if "swap" in name else str(OOM_LIMIT))
         except OSError:
             os.rmdir(new)
             continue

@@ -29,6 +29,10 @@ def add(a: int, b: int) -> int:
     return a + b
 
 
+def add_one(n: int) -> int:
+    return n + 1
+
+
 def fail(text: str) -> None:
     raise ValueError(text)
 
@@ -305,3 +309,35 @@ def large_items(stream: Any, n: int, size: int) -> None:
     for _ in range(n):
         stream.send(b"x" * size)
         stream.receive()
+
+
+# ---- what should not be done ----------------------------------------------------------
+
+
+class ExitsWhenLoaded:
+    """Its unpickling asks the program to end."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return sys.exit, (9,)
+
+
+class ExitsWhenDumped:
+    def __reduce__(self) -> tuple[Any, ...]:
+        sys.exit(9)
+
+
+def make(name: str) -> Any:
+    return globals()[name]()
+
+
+def leave_a_thread(seconds: float) -> None:
+    """It goes on reporting after the call, in a copy of its context."""
+    context = contextvars.copy_context()
+    end = time.monotonic() + seconds
+
+    def report() -> None:
+        while time.monotonic() < end:
+            context.run(anyfork.report_progress, "late")
+            time.sleep(0.001)
+
+    threading.Thread(target=report, daemon=True).start()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import logging
 import os
+import pickle
 import select
 import signal
 import threading
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.to_thread
 import pytest
 import talk_targets as targets
 from talking import APIS, Api, stepping
@@ -734,11 +737,10 @@ def test_block_that_ends_beside_calls(api: Api, method: str, what: str) -> None:
             outcomes.append(exc)
 
     async def check() -> None:
-        async with anyio.create_task_group() as group:
-            async with opened() as w:
-                for _ in range(4):
-                    group.start_soon(call, w.run)
-                await anyio.sleep(0.1)
+        async with anyio.create_task_group() as group, opened() as w:
+            for _ in range(4):
+                group.start_soon(call, w.run)
+            await anyio.sleep(0.1)
 
     async def check_threads() -> None:
         async with opened() as w:
@@ -876,3 +878,217 @@ def test_nested(api: Api) -> None:
             assert await w.run(targets.nested, 20) == list(range(20))
 
     api.run(check)
+
+
+# ---- what a careless program does ---------------------------------------------------------
+
+
+def test_progress_callback_that_raises(api: Api) -> None:
+    """Its exception comes out of the call; the worker is as good as before."""
+
+    def fail(_value: object) -> None:
+        raise ZeroDivisionError("mine")
+
+    async def check() -> None:
+        async with worker(api, "zygote", grace=10) as w:
+            for _ in range(3):
+                with pytest.raises(ZeroDivisionError, match="mine"):
+                    await w.run(targets.progress, 5, on_progress=fail)
+                assert await w.run(targets.echo, 1) == 1
+
+    api.run(check)
+
+
+def test_late_progress_is_dropped(api: Api) -> None:
+    async def check() -> None:
+        async with worker(api, "zygote") as w:
+            await w.run(targets.leave_a_thread, 0.3)
+            seen: list[Any] = []
+            await w.run(targets.sleep, 0.1, on_progress=seen.append)
+            assert seen == []
+
+    api.run(check)
+
+
+def test_bad_timeouts(api: Api) -> None:
+    async def check() -> None:
+        async with worker(api, "fork") as w:
+            for bad, error in (("1", TypeError), (-1, ValueError), (True, TypeError)):
+                with pytest.raises(error, match="timeout"):
+                    await w.run(targets.echo, 1, timeout=bad)
+            with pytest.raises(TimeoutError):
+                await w.run(targets.sleep, 60, timeout=0)
+        with pytest.raises(ValueError, match="grace"):
+            async with worker(api, "fork", grace=-1):
+                pass
+
+    api.run(check)
+
+
+def test_pickling_that_exits(api: Api) -> None:
+    """An argument or result that raises SystemExit fails its call, nothing else."""
+
+    async def check() -> None:
+        async with worker(api, "fork") as w:
+            with pytest.raises(SystemExit):  # it has not left this program yet
+                await w.run(targets.echo, targets.ExitsWhenDumped())
+            with pytest.raises((anyfork.RemoteError, SystemExit)):
+                await w.run(targets.make, "ExitsWhenDumped")
+            with pytest.raises(pickle.UnpicklingError, match="SystemExit"):
+                await w.run(targets.make, "ExitsWhenLoaded")
+            assert await w.run(targets.echo, 1) == 1
+
+    api.run(check)
+
+
+def test_after_the_block(api: Api) -> None:
+    async def check() -> None:
+        async with worker(api, "fork") as w:
+            pass
+        with pytest.raises(api.closed):
+            await w.run(targets.echo, 1)
+        async with pool(api, 1) as p:
+            results = p.map(targets.echo, range(10))
+            assert await anext(aiter(results)) == 0
+        with pytest.raises(api.closed):
+            await p.run(targets.echo, 1)
+        with pytest.raises((api.closed, StopAsyncIteration)):
+            while True:
+                await anext(aiter(results))
+        with pytest.raises(api.closed):
+            await anext(aiter(p.map(targets.echo, range(3))))
+
+    began = time.monotonic()
+    api.run(check)
+    assert time.monotonic() - began < 8
+
+
+def test_worker_used_inside_its_stream(api: Api) -> None:
+    async def check() -> None:
+        async with worker(api, "fork") as w, w.open_stream(targets.double, 1) as stream:
+            with pytest.raises(RuntimeError, match="stream"):
+                await w.run(targets.echo, 1)
+            await stream.send(2)
+            assert await stream.receive() == 4
+
+    api.run(check)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_two_maps_at_once(api: Api, size: int) -> None:
+    """Taken from in turn, with calls in between, by one task or thread."""
+
+    async def check() -> None:
+        async with pool(api, size) as p:
+            first = p.map(targets.echo, range(50), chunks=5)
+            second = p.map(targets.add_one, range(50), chunks=5)
+            for n in range(50):
+                assert await anext(first) == n
+                assert await anext(second) == n + 1
+                assert await p.run(targets.echo, n) == n
+
+    api.run(check)
+
+
+def test_maps_that_are_dropped(api: Api) -> None:
+    """They let go of the workers, however they are left."""
+
+    async def check() -> None:
+        async with pool(api, 2, grace=10) as p:
+            for _ in range(20):
+                results = p.map(targets.echo, range(10**6))
+                assert await anext(aiter(results)) == 0
+                del results
+            if api.name != "sync":
+                with anyio.move_on_after(0.05):
+                    async for _ in p.map(targets.sleep, [60] * 4):
+                        pass
+            with anyio.fail_after(20) if api.name != "sync" else contextlib.nullcontext():
+                assert await p.run(targets.echo, 1) == 1
+            gc.collect()
+            kinds = ("_Mapping", "Results")
+            alive = [o for o in gc.get_objects() if type(o).__name__ in kinds]
+            for _ in range(100):  # their tasks end with the next turns of the loop
+                if not alive or api.name == "sync":
+                    break
+                del alive
+                await anyio.sleep(0.01)
+                gc.collect()
+                alive = [o for o in gc.get_objects() if type(o).__name__ in kinds]
+            assert not alive
+
+    api.run(check)
+
+
+def test_iterable_that_exits(api: Api) -> None:
+    def numbers() -> Iterator[int]:
+        yield 1
+        raise SystemExit(5)
+
+    async def check() -> None:
+        async with pool(api, 1) as p:
+            with pytest.raises(SystemExit):
+                async for _ in p.map(targets.echo, numbers()):
+                    pass
+            assert await p.run(targets.echo, 1) == 1
+
+    api.run(check)
+
+
+def test_another_loop() -> None:
+    import anyfork.asyncio
+
+    kept: list[Any] = []
+
+    async def open_() -> None:
+        async with anyfork.asyncio.open_pool(1, template=_template) as p:
+            kept.append(p)
+            await anyio.to_thread.run_sync(run)
+
+    def run() -> None:
+        with pytest.raises(RuntimeError, match="another event loop"):
+            anyio.run(kept[0].run, targets.echo, 1)
+
+    anyio.run(open_)
+
+
+def test_signal_handler_that_calls() -> None:
+    import anyfork.sync
+
+    with anyfork.sync.open_worker("fork") as w:
+
+        def handler(_number: int, _frame: object) -> None:
+            with pytest.raises(RuntimeError, match="already"):
+                w.run(targets.echo, 1)
+            told.append(True)
+
+        told: list[bool] = []
+        before = signal.signal(signal.SIGALRM, handler)
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
+            w.run(targets.sleep, 0.3)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+        assert told == [True]
+
+
+def test_two_native_cancellations() -> None:
+    """asyncio: the second one comes while the first is seen to."""
+    import asyncio
+
+    import anyfork.asyncio
+
+    async def check() -> None:
+        async with anyfork.asyncio.open_worker("zygote", template=_template, grace=10) as w:
+            task = asyncio.ensure_future(w.run(targets.deaf, os.devnull))
+            await asyncio.sleep(0.05)
+            task.cancel()
+            await asyncio.sleep(0.05)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            with pytest.raises(anyfork.WorkerDied, match="SIGKILL"):
+                await w.run(targets.echo, 1)
+
+    asyncio.run(check())
