@@ -684,7 +684,6 @@ class Pool:
                 await self._end(link)
             else:
                 self._idle.append((link, self._io.now()))
-                return
             if len(self._links) < self._low and not self._closed:
                 with contextlib.suppress(Exception):  # the next call is told
                     self._idle.append((self._start(), self._io.now()))
