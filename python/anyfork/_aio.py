@@ -746,13 +746,14 @@ class Pool:
         started; anyio.ClosedResourceError after the pool's block.
         """
         extras = _extras(context)
-        for attempt in range(3):
+        attempts = self.size + STARTS  # all those that have nothing to do may have died
+        for attempt in range(1, attempts + 1):
             link = await self._take()
             try:
                 return await link.run(fn, args, timeout, extras, on_progress)
             except WorkerDied:
                 # It died while it had nothing to do: this call never began.
-                if link.began or attempt == 2:
+                if link.began or attempt == attempts:
                     raise
             finally:
                 await self._give(link)
@@ -827,6 +828,7 @@ class _Mapping:
         self._left: deque[list[tuple[int, Any]]] = deque()
         self.pulled = 0  # items taken from the iterable
         self.given = 0  # results that the user has
+        self._in_vain = 0  # how many workers were dead, one after the other
         self.done: dict[int, _session.Outcome] = {}
         self._order: deque[int] = deque()  # as completed
         self._news = anyio.Event()
@@ -900,15 +902,23 @@ class _Mapping:
                 self._left.extend([one] for one in chunk)
             return
         indices = iter([index for index, _item in chunk])
-        call.on_answer = lambda outcome: self._answer(next(indices), outcome)
+
+        def answer(outcome: _session.Outcome) -> None:
+            if call.started:
+                self._answer(next(indices), outcome)
+
+        call.on_answer = answer
         began = self.pool._io.now()
         left = 0
         try:
             await link.perform(call, message)
         finally:
-            left = call.unbegun
+            left = call.unbegun if call.started else len(chunk)
             link.statistics["calls"] += len(chunk) - left
             call.on_answer = call.outcomes.append  # the link keeps the call, not this
+        self._in_vain = 0 if call.started else self._in_vain + 1
+        if self._in_vain > self.pool.size + STARTS:
+            raise link.death()
         if left:
             self._left.append(chunk[-left:])
         elif not link.over:

@@ -232,6 +232,7 @@ class Link:
 
     async def lost(self, call: Call) -> None:
         """It says nothing more, and this call was not answered."""
+        self._over()
         call.lost(await self._death())
 
     async def _death(self) -> WorkerDied:

@@ -411,6 +411,7 @@ class Pool:
         self._free = high
         self._idle: list[tuple[_Link, float]] = []  # and since when
         self._links: set[_Link] = set()
+        self._starting = low  # that are not among the links yet
         self._closed = False
         self._ended = {"calls": 0, "failed": 0, "cancelled": 0}
         self._counts = {"started": 0, "died": 0, "recycled": 0}
@@ -425,11 +426,24 @@ class Pool:
             self._await_ready(link)
 
     def _start(self) -> _Link:
-        link = _Link.start(self._io, **self._spec)
-        with self._changed:
-            self._links.add(link)
-            self._counts["started"] += 1
+        """One that counts as starting already."""
+        link = None
+        try:
+            link = _Link.start(self._io, **self._spec)
+        finally:
+            with self._changed:
+                self._starting -= 1
+                if link is not None:
+                    self._links.add(link)
+                    self._counts["started"] += 1
         return link
+
+    def _idle_one(self) -> _Link | None:
+        """One that has nothing to do, else one is to be started. The lock is held."""
+        if self._idle:
+            return self._idle.pop()[0]
+        self._starting += 1
+        return None
 
     def _await_ready(self, link: _Link) -> None:
         try:
@@ -461,13 +475,13 @@ class Pool:
             if self._closed:
                 raise ValueError("this pool is closed")
             self._free -= 1
-            link = self._idle.pop()[0] if self._idle else None
+            link = self._idle_one()
         try:
             while link is not None:
                 if self._is_good(link):
                     return link
                 with self._changed:
-                    link = self._idle.pop()[0] if self._idle else None
+                    link = self._idle_one()
             return self._start_ready()
         except BaseException:
             self._release()
@@ -483,6 +497,8 @@ class Pool:
                 self._count("died")
                 if attempt == STARTS or not link.was_killed:
                     raise
+                with self._changed:
+                    self._starting += 1
             else:
                 return link
         raise AssertionError
@@ -520,7 +536,10 @@ class Pool:
             else:
                 with self._changed:
                     self._idle.append((link, self._io.now()))
-            if len(self._links) < self._low and not self._closed:
+            with self._changed:
+                missing = len(self._links) + self._starting < self._low and not self._closed
+                self._starting += missing
+            if missing:
                 with contextlib.suppress(Exception):  # the next call is told
                     link = self._start()
                     with self._changed:
@@ -596,14 +615,15 @@ class Pool:
     ) -> Any:
         """Call ``fn(*args)`` in a worker of the pool: as :meth:`anyfork.anyio.Pool.run`. Waits
         for a worker that is free. ValueError after the pool's block."""
-        for attempt in range(3):
+        attempts = self.size + STARTS  # all those that have nothing to do may have died
+        for attempt in range(1, attempts + 1):
             link = self._take()
             assert link is not None
             try:
                 return link.call(fn, args, timeout, context, on_progress)
             except WorkerDied:
                 # It died while it had nothing to do: this call never began.
-                if link.began or attempt == 2:
+                if link.began or attempt == attempts:
                     raise
             finally:
                 self._give(link)
@@ -674,6 +694,7 @@ class _Mapping:
         self._given = 0
         self._done: dict[int, _session.Outcome] = {}
         self._order: deque[int] = deque()
+        self._in_vain = 0  # how many workers were dead, one after the other
         self._running: dict[int, _Running] = {}  # by the descriptor of their links
         self._epoll = select.epoll()
         self._lock = threading.RLock()  # of whoever looks after it
@@ -773,15 +794,22 @@ class _Mapping:
                 self._left.extend([one] for one in chunk)
             return
         indices = iter([index for index, _item in chunk])
-        call.on_answer = lambda outcome: self._answer(next(indices), outcome)
+
+        def answer(outcome: _session.Outcome) -> None:
+            if call.started:
+                self._answer(next(indices), outcome)
+
+        call.on_answer = answer
         running = _Running(link, call, chunk)
         self._running[link.fd] = running
         self._epoll.register(link.fd, select.EPOLLIN)
         try:
             _drive(link.send(call, message))
-        except ConnectionError:
+        except ConnectionError:  # it died while it had nothing to do
             _drive(link.lost(call))
             self._ended(running)
+            if self._in_vain > self._pool.size + STARTS:
+                raise link.death() from None
 
     def _answer(self, index: int, outcome: _session.Outcome) -> None:
         self._done[index] = outcome
@@ -808,14 +836,14 @@ class _Mapping:
         link, call, chunk = running.link, running.call, running.chunk
         del self._running[link.fd]
         self._epoll.unregister(link.fd)
-        link.statistics["calls"] += len(chunk) - call.unbegun
+        left = call.unbegun if call.started else len(chunk)
+        link.statistics["calls"] += len(chunk) - left
         call.on_answer = call.outcomes.append  # the link keeps the call, not this
-        if call.unbegun and call.started:
-            self._left.append(chunk[-call.unbegun :])
-        elif not call.started and link.over:
-            pass
+        if left:
+            self._left.append(chunk[-left:])
         elif not link.over:
             self._chunks.took(time.monotonic() - running.began, len(chunk))
+        self._in_vain = 0 if call.started else self._in_vain + 1
         self._pool._give(link)
 
     def stop(self) -> None:

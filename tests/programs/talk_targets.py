@@ -341,3 +341,32 @@ def leave_a_thread(seconds: float) -> None:
             time.sleep(0.001)
 
     threading.Thread(target=report, daemon=True).start()
+# ---- deaths at random ------------------------------------------------------------------
+
+_journal = -1
+
+
+def keep_journal(path: str) -> None:
+    """Initializer: what this worker begins and ends is written down there."""
+    global _journal
+    _journal = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+
+
+def note(n: int, what: str) -> None:
+    os.write(_journal, f"{what} {n} {os.getpid()}\n".encode())
+
+
+def risk(call: tuple[int, int, float]) -> tuple[int, int]:
+    """Perhaps its end: by so many seconds, by a signal (negative) or a status."""
+    n, how, delay = call
+    note(n, "begun")
+    if how:
+        end = time.perf_counter() + delay
+        while time.perf_counter() < end:
+            pass
+        if how > 0:
+            os._exit(how)
+        os.kill(os.getpid(), -how)
+        time.sleep(60)
+    note(n, "done")
+    return n, os.getpid()

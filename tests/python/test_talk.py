@@ -606,10 +606,17 @@ def test_pool_loses_only_the_calls_that_died(api: Api) -> None:
                     else:
                         assert result == n
             assert p.statistics()["died"] == 12
+        async with pool(api, 5) as p:
             for pid in p.pids():  # while they have nothing to do: nobody notices
                 os.kill(pid, signal.SIGKILL)
             time.sleep(0.05)
             assert await p.run(targets.echo, 1) == 1
+        async with pool(api, 5) as p:
+            for pid in p.pids():
+                os.kill(pid, signal.SIGKILL)
+            time.sleep(0.05)
+            results = [r async for r in p.map(targets.echo, range(60), chunks=7)]
+            assert results == list(range(60))
 
     api.run(check)
 
