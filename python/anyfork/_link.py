@@ -512,8 +512,6 @@ class Link:
         """What comes of a call that nobody waits for."""
         if call.stream is not None:
             call.stream.drop()
-        if call.outcomes and isinstance(call.outcomes[-1][1], CallCancelled):
-            call.finish()  # those behind it are not begun
 
     def _prod(self) -> None:
         """The channel is not looked at by a target that runs: interrupt it."""

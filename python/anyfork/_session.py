@@ -371,6 +371,8 @@ class Session:
                 call.answer((False, restore(bytes(parts[0]))))
             else:
                 call.answer((False, CallCancelled()))
+                call.unbegun = call.count - call.received  # the worker begins none behind it
+                call.finish()
         elif kind == PROGRESS:
             try:
                 value = load(parts, fds)

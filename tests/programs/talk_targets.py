@@ -235,6 +235,12 @@ def fail_at_7(n: int) -> int:
     return n
 
 
+def interrupt_at_7(n: int) -> int:
+    if n % 10 == 7:
+        raise KeyboardInterrupt
+    return n
+
+
 # ---- coroutine functions --------------------------------------------------------------
 
 

@@ -831,6 +831,30 @@ def test_map_left_early(api: Api) -> None:
     api.run(check)
 
 
+def test_map_whose_chunks_are_cancelled(api: Api) -> None:
+    """By the worker itself, or in their middle: those behind go elsewhere, or nowhere; the
+    workers stay, and nobody waits for grace to pass."""
+
+    async def check() -> None:
+        async with pool(api, 2, grace=50) as p:
+            pids = p.pids()
+            results = [
+                r
+                async for r in p.map(
+                    targets.interrupt_at_7, range(60), chunks=16, return_exceptions=True
+                )
+            ]
+            for n, result in enumerate(results):
+                assert isinstance(result, anyfork.CallCancelled) if n % 10 == 7 else result == n
+            for _ in range(20):
+                started = p.map(targets.sleep, [0.001] * 100, chunks=25)
+                assert await anext(started) == 0.001
+                await started.aclose()
+            assert p.pids() == pids
+
+    api.run(check)
+
+
 # ---- misuse --------------------------------------------------------------------------------
 
 
