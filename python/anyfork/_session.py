@@ -211,9 +211,12 @@ class Stream:
     def received(self, kind: int, parts: Sequence[Any], fds: Sequence[int]) -> None:
         if kind == ITEM:
             if len(self.items) >= self.window or self.ended:
+                _drop(fds)
                 raise ProtocolError("more items than its window has, or after their end")
             self.items.append((parts, fds))
-        elif kind == END:
+            return
+        _drop(fds)  # for nothing
+        if kind == END:
             self.ended = True
         else:
             self.credit += _number(parts)
@@ -364,6 +367,7 @@ class Session:
             if number_ >= self._next or kind not in _OF_CALLS:
                 raise ProtocolError(f"message {kind} of call {number_}, which is not under way")
         elif kind in _ANSWERS:
+            _drop(fds)  # only a result has some
             if number_ != call.first + call.received or call.done:
                 raise ProtocolError(f"an answer to call {number_} out of turn")
             _drop(fds)
