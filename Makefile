@@ -7,7 +7,7 @@
 #                  (THIRDS=1: each test on one release and one debug build)
 #   make sanitize  ASan, UBSan, valgrind, TSan      (SHORT=1: a short form)
 #   make fuzz      libFuzzer over what owner, template and standby receive  (FUZZ_SECONDS=60)
-#   make soak      100,000 forks per CPython, and starts per method (COUNT=n, NAMES="3.14 3.15")
+#   make soak      100,000 forks per CPython, starts per method and calls (COUNT=n, NAMES="3.14 3.15")
 #   make bench     against os.fork(), interleaved
 #   make clean     .venv and build; the cached CPythons stay (tools/pythons clean)
 
@@ -44,6 +44,7 @@ fuzz: .venv/ready
 soak:
 	@tools/soak --count $(COUNT) $(NAMES)
 	@tools/soak --methods --count $(COUNT) $(or $(NAMES),host)
+	@tools/soak --talk --count $(COUNT) $(or $(NAMES),host)
 
 bench: .venv/ready
 	@tools/in python bench/bench_spawn.py

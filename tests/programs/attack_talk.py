@@ -187,18 +187,15 @@ def memory_cgroup() -> Iterator[str | None]:
     path = None
     for version, mount, here in my_memory_cgroups():
         new = f"{mount}{here.rstrip('/')}/anyfork-test-{os.getpid()}"
-        limits = ("memory.max",) if version == 2 else ("memory.limit_in_bytes",)
         try:
             os.mkdir(new)
         except OSError:
             continue
         try:
-            for name in (*limits, "memory.swap.max"):
-                with (
-                    contextlib.suppress(*([OSError] if "swap" in name else [])),
-                    open(f"{new}/{name}", "w") as file,
-                ):
-                    file.write("0" if "swap" in name else str(OOM_LIMIT))
+            limit = "memory.max" if version == 2 else "memory.limit_in_bytes"
+            write(f"{new}/{limit}", OOM_LIMIT)
+            with contextlib.suppress(OSError):  # version 1 has none
+                write(f"{new}/memory.swap.max", 0)
         except OSError:
             os.rmdir(new)
             continue
@@ -213,6 +210,11 @@ def memory_cgroup() -> Iterator[str | None]:
                     os.rmdir(path)
                     break
                 time.sleep(0.02)
+
+
+def write(path: str, number: int) -> None:
+    with open(path, "w") as file:
+        file.write(str(number))
 
 
 def my_memory_cgroups() -> list[tuple[int, str, str]]:
