@@ -724,7 +724,7 @@ class Pool:
             await self._turns.acquire_all(_CUT_OFF)
         finally:
             for link in self._links:
-                link.child.close()
+                link.drop()
 
     # ---- calls -------------------------------------------------------------------------
 

@@ -184,10 +184,18 @@ class Link:
             with self._io.shield():
                 await self.end()
         except BaseException:
-            self._io.forget(self)
-            self._stderr = -1
-            self.child.close()  # kills it
+            self.drop()
             raise
+
+    def drop(self) -> None:
+        """Kill it and close all that is of it, without waiting for a loop."""
+        self.over = True
+        self.channel.close()
+        self._stderr = -1
+        self._io.forget(self)
+        self._epoll.close()
+        self.beats = None  # its descriptor goes with it
+        self.child.close()
 
     async def end(self, grace: float | None = None) -> None:
         """Let it end: asked first, then killed, and reaped. Nothing of it is left."""
@@ -197,11 +205,7 @@ class Link:
             return
         await self._await_end(self.grace if grace is None else grace)
         self._pump()
-        self._stderr = -1
-        self._io.forget(self)
-        self._epoll.close()
-        self.beats = None  # its descriptor goes with it
-        self.child.close()
+        self.drop()
 
     async def _await_end(self, grace: float) -> None:
         """Until the process has ended; killed after so many seconds."""

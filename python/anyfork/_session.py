@@ -370,7 +370,6 @@ class Session:
             _drop(fds)  # only a result has some
             if number_ != call.first + call.received or call.done:
                 raise ProtocolError(f"an answer to call {number_} out of turn")
-            _drop(fds)
             if kind == RAISED:
                 call.answer((False, restore(bytes(parts[0]))))
             else:

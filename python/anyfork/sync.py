@@ -600,7 +600,7 @@ class Pool:
             while self._free < self.size and self._changed.wait(10):
                 pass
         for link in list(self._links):
-            link.child.close()
+            link.drop()
 
     # ---- calls -------------------------------------------------------------------------
 
