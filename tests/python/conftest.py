@@ -41,6 +41,7 @@ for _number in (signal.SIGINT, signal.SIGQUIT):
 FORKS_AT_SCALE_1 = 2000
 DEFAULT_SCALE = 0.1
 SETTLE_SECONDS = 10.0
+ALIKE = ("test_talk", "test_channel", "test_supervise")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -58,6 +59,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="only the Kth of N parts of the tests, counted from 1; the others are deselected. "
         "Which part a test is in depends on its name alone",
     )
+    parser.addoption(
+        "--alike",
+        type=_part,
+        metavar="K/N",
+        help="the same, in place of --part, for the files with many tests of a kind: "
+        + ", ".join(ALIKE),
+    )
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -69,10 +77,18 @@ def _part(text: str) -> tuple[int, int]:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     part = config.getoption("--part")
-    if part is None:
+    alike = config.getoption("--alike") or part
+    if part is None and alike is None:
         return
-    k, n = part
-    chosen = [item for item in items if zlib.crc32(item.nodeid.encode()) % n == k - 1]
+
+    def is_in(item: pytest.Item) -> bool:
+        which = alike if item.path.name.startswith(ALIKE) else part
+        if which is None:
+            return True
+        k, n = which
+        return zlib.crc32(item.nodeid.encode()) % n == k - 1
+
+    chosen = [item for item in items if is_in(item)]
     config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
     items[:] = chosen
 
