@@ -945,8 +945,6 @@ class _Mapping:
     # ---- taking ------------------------------------------------------------------------
 
     def begin(self) -> None:
-        if self.pool._closed:
-            raise anyio.ClosedResourceError
         self.feeding = self.pool.size
         for _ in range(self.pool.size):
             self.pool._group.start_soon(self._feed)
@@ -982,6 +980,9 @@ class Results:
         if self._finished:
             raise StopAsyncIteration
         mapping = self._mapping
+        if mapping.pool._closed:  # what was under way then has been cancelled
+            self._finished = True
+            raise anyio.ClosedResourceError
         if not self._begun:
             mapping.begin()
             self._begun = True
