@@ -4,7 +4,7 @@
 #   make demo      workers from a sub-interpreter, beside trio and busy threads, at work
 #   make test      the tests on that CPython
 #   make matrix    the tests on every CPython of tools/pythons, and on real hosts
-#                  (THIRDS=1: each test on one release and one debug build)
+#                  (SIXTHS=1: each test on one of the builds of 3.13 to 3.15, for the time)
 #   make sanitize  ASan, UBSan, valgrind, TSan      (SHORT=1: a short form)
 #   make fuzz      libFuzzer over what owner, template and standby receive  (FUZZ_SECONDS=60)
 #   make soak      100,000 forks per CPython, starts per method and calls (COUNT=n, NAMES="3.14 3.15")
@@ -15,7 +15,7 @@ SCALE ?= 1
 COUNT ?= 100000
 NAMES ?=
 EXCEPT ?=
-THIRDS ?=
+SIXTHS ?=
 FUZZ_SECONDS ?=
 SOURCES := $(shell find src include python -type f) meson.build meson.options pyproject.toml
 
@@ -33,7 +33,7 @@ test: .venv/ready
 	@tools/test --scale $(SCALE)
 
 matrix:
-	@tools/matrix --scale $(SCALE) $(if $(THIRDS),--thirds) $(if $(EXCEPT),--except $(EXCEPT)) $(NAMES)
+	@tools/matrix --scale $(SCALE) $(if $(SIXTHS),--sixths) $(if $(EXCEPT),--except $(EXCEPT)) $(NAMES)
 
 sanitize:
 	@tools/sanitize $(if $(SHORT),--short)

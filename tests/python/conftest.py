@@ -41,7 +41,6 @@ for _number in (signal.SIGINT, signal.SIGQUIT):
 FORKS_AT_SCALE_1 = 2000
 DEFAULT_SCALE = 0.1
 SETTLE_SECONDS = 10.0
-ALIKE = ("test_talk", "test_channel", "test_supervise")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -59,13 +58,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="only the Kth of N parts of the tests, counted from 1; the others are deselected. "
         "Which part a test is in depends on its name alone",
     )
-    parser.addoption(
-        "--alike",
-        type=_part,
-        metavar="K/N",
-        help="the same, in place of --part, for the files with many tests of a kind: "
-        + ", ".join(ALIKE),
-    )
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -77,18 +69,10 @@ def _part(text: str) -> tuple[int, int]:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     part = config.getoption("--part")
-    alike = config.getoption("--alike") or part
-    if part is None and alike is None:
+    if part is None:
         return
-
-    def is_in(item: pytest.Item) -> bool:
-        which = alike if item.path.name.startswith(ALIKE) else part
-        if which is None:
-            return True
-        k, n = which
-        return zlib.crc32(item.nodeid.encode()) % n == k - 1
-
-    chosen = [item for item in items if is_in(item)]
+    k, n = part
+    chosen = [item for item in items if zlib.crc32(item.nodeid.encode()) % n == k - 1]
     config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
     items[:] = chosen
 
