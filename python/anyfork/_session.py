@@ -355,7 +355,12 @@ class Session:
         if not parts and kind in _WITH_PARTS:
             _drop(fds)
             raise ProtocolError(f"message {kind} without its content")
-        if kind == RESULT and call is not None and number_ == call.first + call.received:
+        if (
+            kind == RESULT
+            and call is not None
+            and number_ == call.first + call.received
+            and not call.done
+        ):
             call.answer(_loaded(parts, fds))  # first: most are so
         elif kind == READY:
             _drop(fds)
