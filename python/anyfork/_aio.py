@@ -22,7 +22,17 @@ from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
 from . import _request, _session, _template
 from ._errors import SpawnError, WorkerDied
 from ._heartbeat import Verdict
-from ._link import FORKED, STARTS, Chunks, Link, checked_timeout, context_of, pool_sizes
+from ._link import (
+    FORKED,
+    STARTS,
+    Chunks,
+    Link,
+    OpenStream,
+    PoolState,
+    checked_timeout,
+    extras_of,
+    pool_sizes,
+)
 from ._options import Options
 
 if TYPE_CHECKING:
@@ -40,7 +50,25 @@ _OTHER_LOOP = (
 )
 
 
-class _Trio:
+class _Loop:
+    """What every loop's way of waiting has."""
+
+    _current: Callable[[], object]  # the running loop, as this kind names it
+    _home: object  # that which these workers were opened in
+
+    def check(self) -> None:
+        """RuntimeError in another loop than that."""
+        if self._current() is not self._home:
+            raise RuntimeError(_OTHER_LOOP)
+
+    def forget(self, link: Link) -> None:
+        pass
+
+    def shield(self) -> contextlib.AbstractContextManager[object]:
+        return anyio.CancelScope(shield=True)
+
+
+class _Trio(_Loop):
     """trio's way of waiting."""
 
     loop = "trio"
@@ -49,8 +77,8 @@ class _Trio:
         import trio
 
         self.now = trio.current_time
-        self._current_token = trio.lowlevel.current_trio_token
-        self._token = self._current_token()
+        self._current = trio.lowlevel.current_trio_token
+        self._home = self._current()
         self._wait_readable = trio.lowlevel.wait_readable
         self._move_on_after = trio.move_on_after
 
@@ -63,19 +91,8 @@ class _Trio:
             return True
         return False
 
-    def forget(self, link: Link) -> None:
-        pass
 
-    def check(self) -> None:
-        """RuntimeError in another loop than that which these workers were opened in."""
-        if self._current_token() is not self._token:
-            raise RuntimeError(_OTHER_LOOP)
-
-    def shield(self) -> contextlib.AbstractContextManager[object]:
-        return anyio.CancelScope(shield=True)
-
-
-class _Asyncio:
+class _Asyncio(_Loop):
     """asyncio's. What it watches stays registered between waits: that is half of a wait."""
 
     loop = "asyncio"
@@ -83,8 +100,8 @@ class _Asyncio:
     def __init__(self) -> None:
         import asyncio
 
-        self._running = asyncio.get_running_loop
-        self._loop = self._running()
+        self._current = asyncio.get_running_loop
+        self._home = self._loop = asyncio.get_running_loop()
         self.now = self._loop.time
         self._watches: dict[int, _Watch] = {}
 
@@ -107,14 +124,6 @@ class _Asyncio:
         watch = self._watches.pop(link.fd, None)
         if watch is not None:
             watch.end()
-
-    def check(self) -> None:
-        """RuntimeError in another loop than that which these workers were opened in."""
-        if self._running() is not self._loop:
-            raise RuntimeError(_OTHER_LOOP)
-
-    def shield(self) -> contextlib.AbstractContextManager[object]:
-        return anyio.CancelScope(shield=True)
 
 
 class _Watch:
@@ -219,10 +228,6 @@ class _Turns:
                 await self.acquire()
 
 
-def _extras(context: Iterable[ContextVar[Any]]) -> dict[str, Any] | None:
-    return {"context": context_of(context)} if context else None
-
-
 async def _warm(method: str | None, options: Any) -> None:
     """Make the template in a thread, if there is none: it takes as long as its preloads."""
     if method in (None, _request.DEFAULT):
@@ -256,7 +261,7 @@ async def _in_thread(function: Callable[[], object]) -> None:
         raise failure[0]
 
 
-class Stream:
+class Stream(OpenStream):
     """A running call that sends and receives; made by :meth:`Worker.open_stream`. It is an
     async iterator of what the target sends.
 
@@ -265,15 +270,9 @@ class Stream:
     """
 
     def __init__(self, io: Any, link: Link, call: _session.Call) -> None:
-        self._io = io
-        self._link = link
-        self._call = call
-        assert call.stream is not None
-        self._stream = call.stream
+        super().__init__(io, link, call)
         self._reading = False
         self._news = anyio.Event()
-        self._sent_eof = False
-        self._told = False  # what came of it
 
     async def _wait(self) -> None:
         """Until something has come, for whichever task it is."""
@@ -364,14 +363,6 @@ class Stream:
                 await self._wait()
         return self._outcome()
 
-    def _outcome(self) -> Any:
-        if not self._told:
-            self._told = True
-            self._value = self._link.outcome(self._call)
-        return self._value
-
-    _value: Any = None
-
     async def _close(self) -> None:
         """The block has ended: so does the call."""
         try:
@@ -455,7 +446,7 @@ class Worker:
         await self._acquire()
         try:
             await self._check()
-            return await self._link.run(fn, args, timeout, _extras(context), on_progress)
+            return await self._link.run(fn, args, timeout, extras_of(context), on_progress)
         finally:
             self._turns.release()
 
@@ -480,7 +471,7 @@ class Worker:
         await self._acquire()
         try:
             await self._check()
-            call = await self._link.open_stream(fn, args, _extras(context) or {})
+            call = await self._link.open_stream(fn, args, extras_of(context) or {})
             call.on_progress = on_progress
             stream = Stream(self._io, self._link, call)
             self._streaming = anyio.get_current_task().id
@@ -569,7 +560,7 @@ async def open_worker(
 # ---- pools ------------------------------------------------------------------------
 
 
-class Pool:
+class Pool(PoolState[Link]):
     """Workers that calls are shared among. Made by ``open_pool()``. For the tasks of its event
     loop; as many calls run at once as there are workers, others wait for their turn.
 
@@ -578,23 +569,10 @@ class Pool:
     """
 
     def __init__(self, io: Any, group: Any, low: int, high: int, spec: dict[str, Any]) -> None:
-        self._io = io
+        super().__init__(io, low, high, spec)
         self._group = group
-        self._low = low
-        self.size = high
-        self._max_calls: int | None = spec.pop("max_calls")
-        self._max_rss: int | None = spec.pop("max_rss")
-        self._idle_time: float = spec.pop("idle")
-        self._start_timeout: float | None = spec.pop("start_timeout")
-        self._spec = spec
-        self._owner = os.getpid()
         self._cancelled = anyio.get_cancelled_exc_class()
         self._turns = _Turns(high)
-        self._idle: list[tuple[Link, float]] = []  # and since when
-        self._links: set[Link] = set()
-        self._closed = False
-        self._ended = {"calls": 0, "failed": 0, "cancelled": 0}
-        self._counts = {"started": 0, "died": 0, "recycled": 0}
 
     # ---- workers -----------------------------------------------------------------------
 
@@ -690,20 +668,13 @@ class Pool:
         finally:
             self._turns.release()
 
-    def _is_worn(self, link: Link) -> bool:
-        if self._max_calls is not None and link.statistics["calls"] >= self._max_calls:
-            return True
-        return self._max_rss is not None and link.rss() > self._max_rss
-
     async def _bury(self, link: Link) -> None:
         if not link.killed:
             self._counts["died"] += 1
         await self._end(link)
 
     async def _end(self, link: Link) -> None:
-        self._links.discard(link)
-        for name in self._ended:
-            self._ended[name] += link.statistics[name]
+        self._forget(link)
         await link.close()
 
     async def _close(self) -> None:
@@ -745,7 +716,7 @@ class Pool:
         Raises: as :meth:`Worker.run`; what starting a worker raises, where one has to be
         started; anyio.ClosedResourceError after the pool's block.
         """
-        extras = _extras(context)
+        extras = extras_of(context)
         attempts = self.size + STARTS  # all those that have nothing to do may have died
         for attempt in range(1, attempts + 1):
             link = await self._take()
@@ -791,11 +762,7 @@ class Pool:
     def statistics(self) -> dict[str, Any]:
         """Counts: "workers" now, and how many of them are "idle"; so far "started", "died" and
         "recycled" ones; "calls", how many of them "failed", and "cancelled"."""
-        totals = {
-            name: count + sum(link.statistics[name] for link in self._links)
-            for name, count in self._ended.items()
-        }
-        return {"workers": len(self._links), "idle": len(self._idle), **self._counts, **totals}
+        return self._figures()
 
     def pids(self) -> list[int | None]:
         """The workers' process ids; None for one that is a thread of this process."""

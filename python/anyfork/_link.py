@@ -1,6 +1,6 @@
 """A worker and the channel to it: how a call goes, whoever waits.
 
-Written once for every way of waiting. ``_Io`` is one of them; that of :mod:`anyfork.sync`
+Written once for every way of waiting. an :class:`Io` is one of them; that of :mod:`anyfork.sync`
 blocks in its ``wait()``, so that its coroutines run through without ever being suspended.
 """
 
@@ -27,13 +27,12 @@ from ._session import CALL, CALL_MANY, CALL_WITH, Call, ProtocolError, Session
 _TAIL = 4096  # bytes of a worker's standard error that are kept
 _WINDOW = 16  # items of a stream on their way, in each direction
 _ORDERLY = 5.0  # seconds that a worker which has closed its channel has to end
-
+_PAGE = os.sysconf("SC_PAGE_SIZE")
 
 FORKED = (
     "these workers are of the process that this one was forked from, which alone may call them: "
     "open others here"
 )
-
 
 STARTS = 3  # of a worker for a call, where somebody kills it before it is ready
 
@@ -82,7 +81,6 @@ class Link:
         self.statistics = {"calls": 0, "failed": 0, "cancelled": 0}
         self.over = False  # it sends nothing more
         self.killed = False  # by us
-        self.rss_page = os.sysconf("SC_PAGE_SIZE")
         self._io = io
         self._tail = b""
         self._stderr = -1
@@ -341,7 +339,7 @@ class Link:
         """Bytes of memory that it holds; 0 if it has gone or is no process."""
         try:
             with open(f"/proc/{self.child.pid}/statm", "rb") as file:
-                return int(file.read().split()[1]) * self.rss_page
+                return int(file.read().split()[1]) * _PAGE
         except (OSError, IndexError):
             return 0
 
@@ -429,13 +427,12 @@ class Link:
                 await self._wait(deadline)
                 self.advance()
                 if self.over and not call.done:
-                    call.lost(await self._death())
+                    await self.lost(call)
             if call.failure is not None:
                 raise call.failure
         except ConnectionError:
             call.started = False
-            self._over()
-            call.lost(await self._death())
+            await self.lost(call)
         except BaseException:
             await self.leave(call)
             raise
@@ -498,7 +495,8 @@ class Link:
             while not (call.done or self.over) and (left := deadline - self._io.now()) > 0:
                 await self._io.wait(self, left)
                 self.advance()
-                self._forget(call)
+                if call.stream is not None:
+                    call.stream.drop()
         if not call.done:
             self._over()
             self.kill()
@@ -511,11 +509,6 @@ class Link:
             with contextlib.suppress(ConnectionError):
                 self.channel.send(*message)
             self._prod()
-
-    def _forget(self, call: Call) -> None:
-        """What comes of a call that nobody waits for."""
-        if call.stream is not None:
-            call.stream.drop()
 
     def _prod(self) -> None:
         """The channel is not looked at by a target that runs: interrupt it."""
@@ -534,18 +527,22 @@ class Link:
         try:
             await self.send(call, message)
         except ConnectionError:
-            self._over()
-            call.lost(await self._death())
+            await self.lost(call)
         except BaseException:
             await self.leave(call)
             raise
         return call
 
 
-def context_of(variables: Iterable[ContextVar[Any]]) -> list[tuple[str, str, Any]]:
-    """(module, name, value) of each; those that have no value are left out."""
-    carried = [(_place(variable), variable) for variable in variables]
-    return [(*place, variable.get()) for place, variable in carried if _has_value(variable)]
+def extras_of(context: Iterable[ContextVar[Any]]) -> dict[str, Any] | None:
+    """What a call has beside its function and arguments: (module, name, value) of each context
+    variable that has one. None: nothing."""
+    if not context:
+        return None
+    carried = [(_place(variable), variable) for variable in context]
+    return {
+        "context": [(*place, variable.get()) for place, variable in carried if _has_value(variable)]
+    }
 
 
 def _has_value(variable: ContextVar[Any]) -> bool:
@@ -564,11 +561,10 @@ def _place(variable: ContextVar[Any]) -> tuple[str, str]:
     if not isinstance(variable, ContextVar):
         raise TypeError(f"context: a ContextVar is wanted, not {type(variable).__name__}")
     if variable not in _places:
-        for module, name in [(m, variable.name) for m in list(sys.modules)]:
-            if module == "__main__" or getattr(sys.modules.get(module), name, None) is not variable:
-                continue
-            _places[variable] = module, name
-            break
+        for name, module in list(sys.modules.items()):
+            if name != "__main__" and getattr(module, variable.name, None) is variable:
+                _places[variable] = name, variable.name
+                break
         else:
             raise ValueError(
                 f"context: the variable {variable.name!r} is not to be found under its name in any "
@@ -587,11 +583,9 @@ def cpus() -> float:
     """How many CPUs this process may use, by affinity and by the quota of its cgroup."""
     allowed = float(len(os.sched_getaffinity(0)))
     try:
-        with open("/proc/self/cgroup") as file:
-            path = next(line[3:].strip() for line in file if line.startswith("0::"))
-        with open(f"/sys/fs/cgroup{path}/cpu.max") as file:
+        with open(f"{_memory.own_cgroup()}/cpu.max") as file:
             quota, period = file.read().split()
-    except (OSError, StopIteration, ValueError):
+    except (OSError, ValueError):
         return allowed
     return allowed if quota == "max" else min(allowed, int(quota) / int(period))
 
@@ -603,6 +597,65 @@ def checked_timeout(timeout: Any, name: str = "timeout") -> float:
     if not timeout >= 0:
         raise ValueError(f"{name}: {timeout} is negative")
     return timeout
+
+
+class OpenStream:
+    """A running call that sends and receives, but for its waiting."""
+
+    def __init__(self, io: Any, link: Link, call: Call) -> None:
+        self._io = io
+        self._link = link
+        self._call = call
+        assert call.stream is not None
+        self._stream = call.stream
+        self._sent_eof = False
+        self._told = False  # what came of it
+        self._value: Any = None
+
+    def _outcome(self) -> Any:
+        """What the target returned, or raised: that is raised once."""
+        if not self._told:
+            self._told = True
+            self._value = self._link.outcome(self._call)
+        return self._value
+
+
+class PoolState[L: Link]:
+    """What a pool knows of its workers, but for its waiting."""
+
+    def __init__(self, io: Any, low: int, high: int, spec: dict[str, Any]) -> None:
+        self._io = io
+        self._low = low
+        self.size = high
+        self._max_calls: int | None = spec.pop("max_calls")
+        self._max_rss: int | None = spec.pop("max_rss")
+        self._idle_time: float = spec.pop("idle")
+        self._start_timeout: float | None = spec.pop("start_timeout")
+        self._spec = spec
+        self._owner = os.getpid()
+        self._idle: list[tuple[L, float]] = []  # and since when
+        self._links: set[L] = set()
+        self._closed = False
+        self._ended = {"calls": 0, "failed": 0, "cancelled": 0}
+        self._counts = {"started": 0, "died": 0, "recycled": 0}
+
+    def _is_worn(self, link: L) -> bool:
+        if self._max_calls is not None and link.statistics["calls"] >= self._max_calls:
+            return True
+        return self._max_rss is not None and link.rss() > self._max_rss
+
+    def _forget(self, link: L) -> None:
+        """It ends; what it has done still counts."""
+        self._links.discard(link)
+        for name in self._ended:
+            self._ended[name] += link.statistics[name]
+
+    def _figures(self) -> dict[str, Any]:
+        totals = {
+            name: count + sum(link.statistics[name] for link in self._links)
+            for name, count in self._ended.items()
+        }
+        return {"workers": len(self._links), "idle": len(self._idle), **self._counts, **totals}
 
 
 class Chunks:

@@ -22,17 +22,22 @@ def look() -> None:
         _seen = _read()
 
 
+def own_cgroup() -> str:
+    """The folder of this program's cgroup v2. OSError: it has none."""
+    with open("/proc/self/cgroup") as file:
+        for line in file:
+            if line.startswith("0::"):
+                return f"/sys/fs/cgroup{line[3:].strip()}"
+    raise FileNotFoundError("this program is in no cgroup of version 2")
+
+
 def _find() -> str:
     try:
-        with open("/proc/self/cgroup") as file:
-            for line in file:
-                if line.startswith("0::"):
-                    events = f"/sys/fs/cgroup{line[3:].strip()}/memory.events"
-                    with open(events):
-                        return events
+        events = f"{own_cgroup()}/memory.events"
+        with open(events):
+            return events
     except OSError:
-        pass
-    return "/proc/vmstat"
+        return "/proc/vmstat"
 
 
 def _read() -> int:

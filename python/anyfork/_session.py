@@ -388,7 +388,7 @@ class Session:
                     call.on_progress(value)
             except Exception as exc:  # whoever waits for the call is told
                 call.failure = call.failure or exc
-        elif kind in _STREAMS and call.stream is not None:
+        elif kind in STREAMS and call.stream is not None:
             call.stream.received(kind, parts, fds)
         else:
             _drop(fds)
@@ -396,8 +396,8 @@ class Session:
 
 
 _ANSWERS = (RESULT, RAISED, CANCELLED)
-_STREAMS = (ITEM, END, CREDIT)
-_OF_CALLS = (*_ANSWERS, *_STREAMS, PROGRESS)
+STREAMS = (ITEM, END, CREDIT)
+_OF_CALLS = (*_ANSWERS, *STREAMS, PROGRESS)
 _WITH_PARTS = (RESULT, RAISED, ITEM, CREDIT, PROGRESS, LOG)
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import importlib
 import os
 import signal
-import sys
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
 from types import CoroutineType
@@ -325,14 +325,11 @@ class _Serving:
         waiting: list[_session.Message] = []
         while (message := self.take(False)) is not None:
             kind, number, parts, fds = message
-            if self.stream is not None and number == self.call and kind in _STREAMS:
+            if self.stream is not None and number == self.call and kind in _session.STREAMS:
                 self.stream.received(kind, parts, fds)
             else:
                 waiting.append(message)
         self.inbox.extend(waiting)
-
-
-_STREAMS = (_session.ITEM, _session.END, _session.CREDIT)
 
 
 class _CancelledInLoop(BaseException):
@@ -367,7 +364,7 @@ class WorkerStream:
             return
         if kind == _session.CANCEL:
             raise Cancelled
-        if kind in _STREAMS:
+        if kind in _session.STREAMS:
             self._stream.received(kind, parts, fds)
 
     def _check(self) -> int:
@@ -477,14 +474,8 @@ def _context(carried: Any) -> contextvars.Context:
     """A context with these variables: (module, its name there, value)."""
     context = contextvars.copy_context()
     for module, name, value in carried:
-        context.run(getattr(sys.modules.get(module) or _import(module), name).set, value)
+        context.run(getattr(importlib.import_module(module), name).set, value)
     return context
-
-
-def _import(name: str) -> Any:
-    import importlib
-
-    return importlib.import_module(name)
 
 
 def _forward_log(serving: _Serving, level: int) -> None:

@@ -20,7 +20,18 @@ from typing import Any, Unpack
 from . import _session
 from ._errors import SpawnError, WorkerDied
 from ._heartbeat import Verdict
-from ._link import FORKED, STARTS, Chunks, Link, checked_timeout, context_of, cpus, pool_sizes
+from ._link import (
+    FORKED,
+    STARTS,
+    Chunks,
+    Link,
+    OpenStream,
+    PoolState,
+    checked_timeout,
+    cpus,
+    extras_of,
+    pool_sizes,
+)
 from ._options import Options
 
 __all__ = ["Pool", "Stream", "Worker", "open_pool", "open_worker"]
@@ -76,7 +87,7 @@ class _Link(Link):
         on_progress: Callable[[Any], object] | None,
     ) -> Any:
         """:meth:`run`, for a thread that may be blocked."""
-        extras = {"context": context_of(context)} if context else None
+        extras = extras_of(context)
         deadline = None if timeout is None else time.monotonic() + checked_timeout(timeout)
         call, message = self.begin(fn, args, extras, on_progress)
         if self._polling and (timeout is None or timeout > _POLLED):
@@ -130,23 +141,9 @@ def _drive[T](coroutine: Coroutine[Any, Any, T]) -> T:
     raise AssertionError("it waits for a loop")
 
 
-def _extras(context: Iterable[ContextVar[Any]]) -> dict[str, Any] | None:
-    return {"context": context_of(context)} if context else None
-
-
-class Stream:
+class Stream(OpenStream):
     """A running call that sends and receives; made by :meth:`Worker.open_stream`. It is an
     iterable of what the target sends. Of one thread at a time."""
-
-    def __init__(self, io: _Blocking, link: _Link, call: _session.Call) -> None:
-        self._io = io
-        self._link = link
-        self._call = call
-        assert call.stream is not None
-        self._stream = call.stream
-        self._sent_eof = False
-        self._told = False
-        self._value: Any = None
 
     def _wait(self) -> None:
         self._link.check_ours()
@@ -218,12 +215,6 @@ class Stream:
             if not self._call.done:
                 self._wait()
         return self._outcome()
-
-    def _outcome(self) -> Any:
-        if not self._told:
-            self._told = True
-            self._value = self._link.outcome(self._call)
-        return self._value
 
     def _close(self) -> None:
         try:
@@ -312,7 +303,7 @@ class Worker:
         """Call ``fn(stream, *args)`` in the worker, and talk with it meanwhile: as
         :meth:`anyfork.anyio.Worker.open_stream`."""
         with self._own_turn():
-            call = _drive(self._link.open_stream(fn, args, _extras(context) or {}))
+            call = _drive(self._link.open_stream(fn, args, extras_of(context) or {}))
             call.on_progress = on_progress
             stream = Stream(self._io, self._link, call)
             try:
@@ -389,7 +380,7 @@ def open_worker(
 # ---- pools ------------------------------------------------------------------------
 
 
-class Pool:
+class Pool(PoolState[_Link]):
     """Workers that calls are shared among. Made by :func:`open_pool`. Safe from any thread:
     the calls of several threads run at once.
 
@@ -398,23 +389,10 @@ class Pool:
     """
 
     def __init__(self, io: _Blocking, low: int, high: int, spec: dict[str, Any]) -> None:
-        self._io = io
-        self.size = high
-        self._low = low
-        self._max_calls: int | None = spec.pop("max_calls")
-        self._max_rss: int | None = spec.pop("max_rss")
-        self._idle_time: float = spec.pop("idle")
-        self._start_timeout: float | None = spec.pop("start_timeout")
-        self._spec = spec
-        self._owner = os.getpid()
+        super().__init__(io, low, high, spec)
         self._changed = threading.Condition()
         self._free = high
-        self._idle: list[tuple[_Link, float]] = []  # and since when
-        self._links: set[_Link] = set()
         self._starting = low  # that are not among the links yet
-        self._closed = False
-        self._ended = {"calls": 0, "failed": 0, "cancelled": 0}
-        self._counts = {"started": 0, "died": 0, "recycled": 0}
         self._maps: weakref.WeakSet[_Mapping] = weakref.WeakSet()
 
     # ---- workers -----------------------------------------------------------------------
@@ -560,11 +538,6 @@ class Pool:
         for link in old:
             self._end(link)
 
-    def _is_worn(self, link: _Link) -> bool:
-        if self._max_calls is not None and link.statistics["calls"] >= self._max_calls:
-            return True
-        return self._max_rss is not None and link.rss() > self._max_rss
-
     def _bury(self, link: _Link) -> None:
         if not link.killed:
             self._count("died")
@@ -572,9 +545,7 @@ class Pool:
 
     def _end(self, link: _Link) -> None:
         with self._changed:
-            self._links.discard(link)
-            for name in self._ended:
-                self._ended[name] += link.statistics[name]
+            self._forget(link)
         _drive(link.close())
 
     def _close(self) -> None:
@@ -650,11 +621,7 @@ class Pool:
     def statistics(self) -> dict[str, Any]:
         """As :meth:`anyfork.anyio.Pool.statistics`."""
         with self._changed:
-            totals = {
-                name: count + sum(link.statistics[name] for link in self._links)
-                for name, count in self._ended.items()
-            }
-            return {"workers": len(self._links), "idle": len(self._idle), **self._counts, **totals}
+            return self._figures()
 
     def pids(self) -> list[int | None]:
         """The workers' process ids; None for one that is a thread of this process."""
